@@ -1,0 +1,1 @@
+"""Networks, schedules and samplers: enough to load a checkpoint and draw images from it."""

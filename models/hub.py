@@ -1,0 +1,86 @@
+"""Loading and saving denoisers. A folder holds `config.json`, which says what to build, and `model.safetensors`.
+
+Nothing here unpickles anything.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.denoiser import Denoiser
+from models.edm2_unet import EDM2UNet, LogVar
+from models.schedules import EDM, CosineVP, DiscreteVP, Flow
+
+BACKBONES = {"EDM2UNet": EDM2UNet}
+SCHEDULES = {"CosineVP": CosineVP, "DiscreteVP": DiscreteVP, "EDM": EDM, "Flow": Flow}
+
+
+class ModelError(ValueError):
+    """A model that cannot be read. The message is one sentence for the user."""
+
+
+def describe(denoiser: Denoiser) -> dict:
+    """What `build` needs to make this network again, JSON-ready. Its "resolution", "channels" and "classes" are those of its images."""
+    backbone = denoiser.backbone.config
+    return {
+        "backbone": {"type": type(denoiser.backbone).__name__, **backbone},
+        "schedule": {"type": type(denoiser.schedule).__name__, **denoiser.schedule.config()},
+        "prediction": denoiser.prediction,
+        "logvar": None if denoiser.logvar is None else denoiser.logvar.config,
+        "resolution": backbone["img_resolution"], "channels": backbone["img_channels"], "classes": backbone["label_dim"],
+    }
+
+
+def build(description: dict) -> Denoiser:
+    """A denoiser with fresh weights."""
+    backbone, schedule = dict(description["backbone"]), dict(description["schedule"])
+    for part, known in ((backbone, BACKBONES), (schedule, SCHEDULES)):
+        if part["type"] not in known:
+            raise ModelError(f"{part['type']} is not a network or schedule that is known here: {', '.join(known)}")
+    logvar = None if description["logvar"] is None else LogVar(**description["logvar"])
+    schedule = SCHEDULES[schedule.pop("type")](**schedule)
+    return Denoiser(BACKBONES[backbone.pop("type")](**backbone), schedule, description["prediction"], logvar)
+
+
+def model_folder(path: str) -> Path:
+    """A run's folder or a model's own -> the model's. Raises ModelError where there is none."""
+    for folder in (Path(path), Path(path) / "model"):
+        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+            return folder
+    raise ModelError(f"{path}: there is no model there (config.json and model.safetensors, as a run writes them in OUT/model)")
+
+
+def description(path: str) -> dict:
+    """What is known of a saved model without building it: the content of its config.json."""
+    file = model_folder(path) / "config.json"
+    try:
+        found = json.loads(file.read_text())
+        found["backbone"]["type"], found["resolution"], found["channels"], found["classes"], found["sampler"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ModelError(f"{file}: not a model's description ({type(error).__name__}: {error})") from None
+    return found
+
+
+def load_denoiser(path: str, device: torch.device | str = "cpu") -> Denoiser:
+    """A frozen denoiser in eval mode, from a run's folder or a model's. Raises ModelError where it does not fit together."""
+    folder = model_folder(path)
+    denoiser = build(description(path))
+    try:
+        denoiser.load_state_dict(load_file(folder / "model.safetensors"))
+    except Exception as error:  # safetensors and torch raise many kinds for a damaged file
+        raise ModelError(f"{folder}/model.safetensors does not fit config.json: {str(error).splitlines()[0]}") from None
+    return denoiser.to(device).eval().requires_grad_(False)
+
+
+def save(folder: str | Path, description: dict, tensors: dict[str, Tensor]) -> None:
+    """Write a model's folder. Each file appears whole or not at all, the description last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ".model.safetensors")
+    os.replace(folder / ".model.safetensors", folder / "model.safetensors")
+    (folder / ".config.json").write_text(json.dumps(description, indent=1))
+    os.replace(folder / ".config.json", folder / "config.json")

@@ -1,0 +1,115 @@
+"""Samplers. Latents are unit Gaussian [B, C, H, W]; nothing here draws a random number that was not handed in.
+
+A "denoiser" is any callable (x_t, t, cond) -> x0 with a `.schedule`. Samplers keep the latents' dtype, at least float32.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from models.conditioning import concatenate, unconditional
+from models.denoiser import at_least_float32
+from models.schedules import EDM
+
+
+class Guided:
+    """Guidance in one batched pass: x0 = uncond + w (cond - uncond), so w = 1 is none (Ho & Salimans 2021)."""
+
+    def __init__(self, denoiser: Callable, guidance: float, uncond: dict | None = None):
+        self.denoiser, self.guidance, self.uncond, self.schedule = denoiser, guidance, uncond, denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: dict | None) -> Tensor:
+        uncond = unconditional(cond) if self.uncond is None else self.uncond
+        t = t.expand(x_t.shape[0])
+        x0_uncond, x0_cond = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), concatenate(uncond, cond)).chunk(2)
+        return x0_uncond + self.guidance * (x0_cond - x0_uncond)
+
+
+def guided(denoiser: Callable, guidance: float = 1.0, uncond: dict | None = None) -> Callable:
+    return denoiser if guidance == 1.0 else Guided(denoiser, guidance, uncond)
+
+
+@torch.no_grad()
+def ddim(denoiser, latents: Tensor, steps: int, cond: dict | None = None, guidance: float = 1.0, uncond: dict | None = None) -> Tensor:
+    """Deterministic DDIM (Song et al. 2021): the Euler method of any (alpha, sigma), along the schedule's own grid."""
+    denoise, schedule = guided(denoiser, guidance, uncond), denoiser.schedule
+    latents = at_least_float32(latents)
+    times = schedule.grid(steps).to(latents)
+    x = latents * schedule.noise_scale(times[0])
+    for t, s in zip(times[:-1], times[1:]):
+        x = ddim_step(schedule, x, denoise(x, t.expand(len(x)), cond), t, s)
+    return x
+
+
+def ddim_step(schedule, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """From time t down to s along the straight line through x0: x_s = alpha_s x0 + (sigma_s / sigma_t)(x_t - alpha_t x0)."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
+    return alpha_s * x0 + (sigma_s / sigma_t) * (x_t - alpha_t * x0)
+
+
+@torch.no_grad()
+def heun(denoiser, latents: Tensor, steps: int, cond: dict | None = None, guidance: float = 1.0, uncond: dict | None = None,
+         sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """Heun's second-order method without churn (Karras et al. 2022, algorithm 1): 2 * steps - 1 network calls.
+
+    For denoisers on the EDM schedule. The last step, to sigma = 0, is Euler's.
+    """
+    if not isinstance(denoiser.schedule, EDM):
+        raise ValueError(f"heun samples denoisers on the EDM schedule, not {type(denoiser.schedule).__name__}: use ddim")
+    denoise, latents = guided(denoiser, guidance, uncond), at_least_float32(latents)
+    times = EDM(sigma_min, sigma_max, rho).grid(steps).to(latents)
+    x = latents * times[0]
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
+        d = (x - denoise(x, t.expand(len(x)), cond)) / t
+        x_next = x + (s - t) * d
+        if i < steps - 1:
+            d_next = (x_next - denoise(x_next, s.expand(len(x)), cond)) / s
+            x_next = x + (s - t) * (d + d_next) / 2
+        x = x_next
+    return x
+
+
+def few_step(generator, latents: Tensor, timesteps: Sequence[float], cond: dict | None = None,
+             generator_noise: torch.Generator | Sequence[Tensor] | None = None) -> Tensor:
+    """A distilled generator: denoise at timesteps[0] from pure noise, then noise anew and denoise at each later one.
+
+    timesteps: the student's own, from noise to data; one of them makes a one-step generator. generator_noise: for 2 steps or
+    more, the fresh noise, as a torch.Generator or as one unit Gaussian tensor a later step. Gradient flows through all calls:
+    wrap it in no_grad to draw images.
+    """
+    if len(timesteps) > 1 and generator_noise is None:
+        raise ValueError(f"{len(timesteps)} steps need fresh noise for all but the first: give generator_noise")
+    schedule, latents = generator.schedule, at_least_float32(latents)
+    for i, step in enumerate(timesteps):
+        t = latents.new_full((len(latents),), float(step))
+        if i == 0:
+            x = latents * schedule.noise_scale(float(step)).to(latents)
+        else:
+            drawn = isinstance(generator_noise, torch.Generator)
+            eps = torch.randn(x.shape, generator=generator_noise, device=x.device, dtype=x.dtype) if drawn else generator_noise[i - 1]
+            x = schedule.add_noise(x, eps, t)
+        x = generator(x, t, cond)
+    return x
+
+
+def sample(denoiser, sampler: dict, latents: list[Tensor], cond: dict | None = None) -> Tensor:
+    """Images by a model's own sampler, as its config.json states it: {"type": "heun" | "ddim" | "few_step", **settings}.
+
+    latents: one tensor for each draw of noise that the sampler makes (`noise_draws`).
+    """
+    settings = {key: value for key, value in sampler.items() if key != "type"}
+    if sampler["type"] == "few_step":
+        with torch.no_grad():
+            return few_step(denoiser, latents[0], settings["timesteps"], cond, latents[1:])
+    return {"heun": heun, "ddim": ddim}[sampler["type"]](denoiser, latents[0], cond=cond, **settings)
+
+
+def noise_draws(sampler: dict) -> int:
+    """How many Gaussian tensors a sampler needs."""
+    return len(sampler["timesteps"]) if sampler["type"] == "few_step" else 1
+
+
+def network_calls(sampler: dict) -> int:
+    """Passes of the network for one image, guidance aside."""
+    return {"heun": lambda s: 2 * s["steps"] - 1, "ddim": lambda s: s["steps"], "few_step": lambda s: len(s["timesteps"])}[sampler["type"]](sampler)

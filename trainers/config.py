@@ -1,0 +1,228 @@
+"""Configuration: frozen dataclasses, a recipe on top of their defaults, `--section.field value` on top of the recipe.
+
+Everything that cannot work is refused here, before any network is built, in one sentence that names the field, the value and
+the mend. A trainer's own sections stand in its file; what all of them share stands here.
+"""
+
+import dataclasses
+import difflib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser
+
+HOUSE = Path(__file__).resolve().parents[1]
+
+
+class ConfigError(Exception):
+    """A configuration that cannot work. The message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from. They reach the networks square, in [-1, 1]."""
+
+    source: str = "digits"  # "digits" (embedded), a folder of images, a .parquet file, or a hub id
+    split: str = "train"
+    resolution: int = 8  # pixels, a power of two
+    channels: int = 1  # 1: grey, 3: RGB
+    classes: int = 10  # 0: labels are not used
+    fit: str = "crop"  # "crop": scale the shorter side and cut the middle; "pad": centre on black, without scaling
+    xflip: bool = False  # mirror half of the images, at random
+    skip_bad: bool = False  # pass over images that do not decode, instead of stopping at the first
+    workers: int = 0  # processes that decode ahead, per rank; sets that fit in memory are decoded once at the start
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The loop: everything in images, so that another number of GPUs changes nothing else."""
+
+    batch: int = 64  # images a step, over all ranks
+    log_every: int = 10_000
+    save_every: int = 100_000  # 0: only at the end
+    eval_every: int = 0  # 0: never
+    keep: int = 2  # checkpoints that stay on disk
+    max_refused: int = 10  # updates in a row that may be refused for a loss that is not finite
+    tracker: str = "tensorboard"  # or another that accelerate knows
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    samples: int = 2000
+    batch: int = 500  # images drawn at a time, per rank
+    split: str = "all"  # the images that samples are compared with
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every trainer has. `recipe` and `config` are read first; the rest may stand in the recipe."""
+
+    recipe: str = ""
+    config: str | None = None  # an accelerate configuration file
+    out: str = "runs/run"
+    images: int = 100_000  # train until this many were seen
+    teacher: str | None = None  # a run's folder
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def check(self, world: int) -> None:
+        """Raise ConfigError for what cannot work on `world` processes."""
+        positive = {"images": self.images, "loop.batch": self.loop.batch, "loop.log_every": self.loop.log_every, "loop.keep": self.loop.keep,
+                    "eval.samples": self.eval.samples, "eval.batch": self.eval.batch, "data.channels": self.data.channels}
+        for name, value in positive.items():
+            require(value > 0, f"{name} is {value}, and must be above 0")
+        require(self.data.resolution > 0 and self.data.resolution & (self.data.resolution - 1) == 0,
+                f"data.resolution is {self.data.resolution}, and must be a power of two")
+        require(self.data.fit in ("crop", "pad"), f"data.fit is {self.data.fit!r}, and must be crop or pad")
+        require(self.loop.batch % world == 0,
+                f"loop.batch is {self.loop.batch}, which {world} processes cannot share equally: take {_next_multiple(self.loop.batch, world)}")
+        writable(self.out)
+
+    def micro_batch(self, name: str, world: int, accumulation: int) -> int:
+        """Samples a microbatch of one engine on one rank. Raises ConfigError where the batch does not divide."""
+        require(accumulation > 0, f"{name}.accumulation is {accumulation}, and must be above 0")
+        require(self.loop.batch % (world * accumulation) == 0,
+                f"loop.batch is {self.loop.batch}, which does not divide by {world} processes x {name}.accumulation {accumulation}: "
+                f"take {_next_multiple(self.loop.batch, world * accumulation)}")
+        return self.loop.batch // (world * accumulation)
+
+
+def require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ConfigError(sentence)
+
+
+def _next_multiple(value: int, of: int) -> int:
+    return -(-value // of) * of
+
+
+def writable(out: str) -> None:
+    """Make an output folder, or raise ConfigError."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        probe = Path(out) / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"out is {out}, and cannot be written to ({error.strerror}): give another folder with --out") from None
+
+
+# --- from recipe and command line to a config ----------------------------------------------------------------------------
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse, with errors as one sentence."""
+
+    def error(self, message, exception=None):
+        raise ConfigError(" ".join(str(message).split()))
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe's file from its path or its bare name. Raises ConfigError, with the nearest name."""
+    for path in (Path(name), HOUSE / "recipes" / f"{name}.yaml", HOUSE / name):
+        if path.is_file():
+            return path
+    known = sorted(p.stem for p in (HOUSE / "recipes").glob("*.yaml"))
+    raise ConfigError(f"recipe {name} is unknown{_nearest(Path(name).stem, known)}; there are {', '.join(known)}")
+
+
+def load_config(cls: type, argv: list[str], default_recipe: str, method: str):
+    """A frozen config of class `cls` from its defaults, the recipe named in argv (or the default one), and argv's overrides."""
+    recipe = recipe_path(_option(argv, "recipe") or default_recipe)
+    try:
+        content = yaml.safe_load(recipe.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {recipe} is not YAML: {' '.join(str(error).split())}") from None
+    made_for = content.pop("method", method)
+    require(made_for == method, f"recipe {recipe} is for trainers/{made_for}.py, not trainers/{method}.py")
+    known = _leaves(cls)
+    given = _flatten(content)
+    for key in given:
+        require(key in known, f"recipe {recipe} has an unknown key {key}{_nearest(key, known)}")
+    for argument in argv:
+        key = argument.removeprefix("--").split("=")[0]
+        require(not argument.startswith("--") or key in known or key == "help", f"--{key} is unknown{_nearest(key, known)}")
+    parser = _Parser(prog=f"trainers/{method}.py", description=cls.__doc__, exit_on_error=True)
+    parser.add_class_arguments(cls, as_group=False)
+    from_recipe = [f"--{key}={yaml.safe_dump(value, default_flow_style=True).removesuffix(chr(10)).removesuffix(chr(10) + '...')}"
+                   for key, value in given.items()]
+    parsed = parser.parse_args([*from_recipe, *argv])
+    config = cls(**vars(parser.instantiate_classes(parsed)))
+    return dataclasses.replace(config, recipe=str(recipe))
+
+
+def _option(argv: list[str], name: str) -> str | None:
+    """The value of --name in argv, before any parser looks at it."""
+    for i, argument in enumerate(argv):
+        if argument.startswith(f"--{name}="):
+            return argument.split("=", 1)[1]
+        if argument == f"--{name}":
+            require(i + 1 < len(argv), f"--{name} wants a value")
+            return argv[i + 1]
+    return None
+
+
+def _leaves(cls: type, prefix: str = "") -> list[str]:
+    """Dotted names of all fields, sections opened up."""
+    names = []
+    for name, kind in get_type_hints(cls).items():
+        names += _leaves(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
+    return names
+
+
+def _flatten(content: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in content.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    found = difflib.get_close_matches(name, known, 1, 0.5)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+# --- what is saved beside the weights, and what a resumed run must agree with -----------------------------------------------
+
+MAY_CHANGE = ("recipe", "config", "out", "images", "loop.log_every", "loop.save_every", "loop.eval_every", "loop.keep", "loop.max_refused",
+              "loop.tracker", "eval.", "data.workers", "data.skip_bad")
+
+
+def write_config(config: RunConfig) -> None:
+    """OUT/config.yaml: the resolved configuration, versions, git commit and command line."""
+    commit = subprocess.run(["git", "-C", str(HOUSE), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {"command": sys.argv, "commit": commit or None, "python": sys.version.split()[0],
+             **{name: version(name) for name in ("fewstep", "torch", "accelerate", "deepspeed")}}
+    file = Path(config.out) / "config.yaml"
+    file.write_text(yaml.safe_dump({"config": _plain(config), "about": about}, sort_keys=False))
+
+
+def _plain(config) -> dict:
+    """A dataclass as plain YAML values."""
+    return yaml.safe_load(yaml.safe_dump(_lists(dataclasses.asdict(config))))
+
+
+def _lists(value):
+    if isinstance(value, dict):
+        return {k: _lists(v) for k, v in value.items()}
+    return [_lists(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def check_same_run(config: RunConfig) -> None:
+    """Raise ConfigError if OUT holds a run that this configuration would not continue but contradict."""
+    file = Path(config.out) / "config.yaml"
+    if not file.is_file() or not any((Path(config.out) / "checkpoints").glob("*")):
+        return
+    before, now = _flatten(yaml.safe_load(file.read_text())["config"]), _flatten(_plain(config))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
+            raise ConfigError(f"{config.out} holds a run with {key} {before.get(key)}, and this one has {now.get(key)}: "
+                              f"give the same value to continue it, or another folder with --out to start anew")

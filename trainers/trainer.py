@@ -1,0 +1,255 @@
+"""The loop that every method shares. It never asks which method it runs.
+
+A method is a subclass: `build` makes its engines, `step` is its algorithm. Progress is counted in images seen.
+"""
+
+import os
+import signal
+import sys
+import time
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import hub
+from models.conditioning import class_labels
+from models.denoiser import Denoiser
+from models.noise import Noise
+from models.sampling import noise_draws, sample
+from trainers import checkpoint
+from trainers.config import ConfigError, RunConfig, check_same_run, load_config, write_config
+from trainers.data import Batch, ImageSet, batches, load_images
+from trainers.ema import ShardedEMA
+from trainers.engine import Cluster, Engine, LaunchError
+from trainers.logs import Meter, RunLog
+from trainers.metrics import frechet_distance
+from trainers.optim import learning_rate
+
+EVAL_STREAM = 1_000_000  # samples for evaluation draw from a stream that training never touches
+
+
+class TrainingError(Exception):
+    """Training cannot go on. The message says where the last good checkpoint is."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training: until this many images were seen."""
+
+    name: str
+    images: int
+
+
+class Trainer(ABC):
+    """One run. A subclass sets `method`, `networks`, `config_class` and `default_recipe`.
+
+    `build` fills `engines` {name: (engine, its average or None)} and sets `result`, the name of the one whose average is the
+    run's result, and `description`, what `hub.build` makes the result of, with its "sampler".
+    """
+
+    method: str
+    networks: tuple[str, ...]
+    config_class: type[RunConfig]
+    default_recipe: str
+
+    def __init__(self, config: RunConfig, cluster: Cluster, images: ImageSet):
+        self.config, self.cluster, self.images = config, cluster, images
+        self.out = Path(config.out)
+        self.engines: dict[str, tuple[Engine, ShardedEMA | None]] = {}
+        self.result: str = self.networks[0]
+        self.description: dict = {}
+        self.images_seen = 0
+        self.meter, self.asked_to_stop = Meter(), False
+
+    @classmethod
+    def prepare(cls, config: RunConfig, world: int) -> RunConfig:
+        """Refuse what cannot work, before any network is built and any process group exists. Returns the config to run."""
+        config.check(world)
+        return config
+
+    @abstractmethod
+    def build(self) -> None:
+        """Make the networks, their engines and averages."""
+
+    @abstractmethod
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of the algorithm on this rank's part of the batch. Returns what to log, as 0-d tensors."""
+
+    def stages(self) -> list[Stage]:
+        return [Stage(self.method, self.config.images)]
+
+    # -- the loop
+
+    def fit(self) -> None:
+        """Train to the end, from the latest good checkpoint if there is one, and write the result."""
+        self.build()
+        self._resume()
+        self._listen()
+        if self.cluster.is_main:
+            write_config(self.config)
+        stages = self.stages()
+        self.log = RunLog(self.out, self.cluster, stages[-1].images, self.images_seen, self.method)
+        if self.images_seen:
+            self.log.say(f"resuming {self.out} at {self.images_seen} images")
+        for stage in stages:
+            self._run(stage)
+        self.export()
+        self.log.close()
+
+    def _run(self, stage: Stage) -> None:
+        loop = self.config.loop
+        stream = batches(self.images, self.config.data, self.config.seed, loop.batch, self.images_seen,
+                         self.cluster.rank, self.cluster.world, self.cluster.device)
+        clock, counted = time.time(), self.images_seen
+        while self.images_seen < stage.images:
+            for engine, _ in self.engines.values():
+                engine.set_lr(learning_rate(engine.config, self.images_seen))
+            self.meter.add(self.step(next(stream)))
+            self.images_seen += loop.batch
+            self.log.progress(self.images_seen)
+            done = self.images_seen >= stage.images
+            if done or self._due(loop.log_every):
+                self._report((self.images_seen - counted) / (time.time() - clock))
+                clock, counted = time.time(), self.images_seen
+            if self._due(loop.eval_every) or done and loop.eval_every:
+                self.log.write(self.images_seen, {"fd": self.evaluate()})
+                clock, counted = time.time(), self.images_seen
+            if done or self._due(loop.save_every):
+                self.save()
+
+    def _due(self, every: int) -> bool:
+        """Whether the last step passed a multiple of `every` images."""
+        return bool(every) and self.images_seen // every > (self.images_seen - self.config.loop.batch) // every
+
+    def _report(self, images_per_second: float) -> None:
+        """Log, and look at what is only looked at now: refused updates and signals. The one place that waits for the device."""
+        values = self.meter.read(self.cluster)
+        for name, (engine, _) in self.engines.items():
+            _, in_a_row, refused = engine.refusals.tolist()
+            values |= {f"{name}/lr": learning_rate(engine.config, self.images_seen), f"{name}/refused": refused}
+            if in_a_row >= self.config.loop.max_refused:
+                raise TrainingError(f"{in_a_row:.0f} updates of {name} in a row had a loss or gradient that is not finite, and were refused: "
+                                    f"stopped at {self.images_seen} images; {self._last_checkpoint()}")
+        self.log.write(self.images_seen, {**values, "images_per_second": images_per_second})
+        if self.cluster.any(self.asked_to_stop):
+            self.save()
+            self.log.close()
+            raise KeyboardInterrupt
+
+    def _last_checkpoint(self) -> str:
+        folder = checkpoint.latest_good(self.out / "checkpoints")
+        return f"the last good checkpoint is {folder}" if folder else "there is no checkpoint yet"
+
+    # -- evaluating
+
+    def average(self) -> Denoiser:
+        """The result as it stands: the average's weights in a network of its own. Every rank calls it."""
+        _, ema = self.engines[self.result]
+        denoiser = hub.build(self.description)
+        denoiser.load_state_dict(self._result_tensors(ema))
+        return denoiser.to(self.cluster.device).eval().requires_grad_(False)
+
+    @staticmethod
+    def _result_tensors(ema: ShardedEMA) -> dict[str, Tensor]:
+        """The denoiser's tensors, whether the engine trains it bare or inside a larger module."""
+        tensors = ema.gather()
+        inside = any(name.startswith("denoiser.") for name in tensors)
+        return {n.removeprefix("denoiser."): t for n, t in tensors.items() if not inside or n.startswith("denoiser.")}
+
+    def evaluate(self) -> float:
+        """Fréchet distance of the average's samples to real images, on pixels. Training is left as it was."""
+        samples, _ = draw(self.average(), self.description, self.config.eval.samples, self.config.eval.batch, self.config.seed, self.cluster)
+        return frechet_distance(samples, self.real_images())
+
+    def real_images(self) -> Tensor:
+        """Those that samples are compared with: as many as are drawn, at most."""
+        if not hasattr(self, "_real"):
+            data = self.config.data if self.config.eval.split == self.config.data.split else _with_split(self.config)
+            reference = self.images if data is self.config.data else load_images(data, self.cluster.is_main)
+            self._real = reference.images(range(min(len(reference), 50_000)))
+        return self._real
+
+    # -- keeping
+
+    def save(self) -> None:
+        checkpoint.save(self.out / "checkpoints", self.images_seen, self.engines, self.cluster, {}, self.config.loop.keep)
+
+    def _resume(self) -> None:
+        folder = checkpoint.latest_good(self.out / "checkpoints")
+        if folder is not None:
+            self.images_seen = checkpoint.load(folder, self.engines)["images"]
+
+    def export(self) -> None:
+        """OUT/model: the result, for `load_denoiser` and `fewstep sample`."""
+        tensors = self._result_tensors(self.engines[self.result][1])
+        if self.cluster.is_main:
+            trained = {"method": self.method, "images": self.images_seen, "seed": self.config.seed, "teacher": self.config.teacher}
+            hub.save(self.out / "model", {**self.description, "trained": trained}, tensors)
+        self.cluster.barrier()
+
+    def _listen(self) -> None:
+        """Ctrl-C, SIGTERM and SIGUSR1: finish to the next report, checkpoint, leave. A second Ctrl-C leaves at once."""
+        def stop(number, frame):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.asked_to_stop = True
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, stop)
+
+
+def _with_split(config: RunConfig):
+    from dataclasses import replace
+
+    return replace(config.data, split=config.eval.split)
+
+
+def draw(denoiser: Denoiser, description: dict, count: int, batch: int, seed: int, cluster) -> tuple[Tensor, Tensor | None]:
+    """`count` samples in [-1, 1] and their labels (all classes in turn), on the host of every rank, shared out over the ranks.
+
+    Sample i is the same whatever the batch and the number of ranks.
+    """
+    each = -(-count // cluster.world)
+    shape = (description["channels"], description["resolution"], description["resolution"])
+    classes, parts = description["classes"], []
+    for first in range(cluster.rank * each, (cluster.rank + 1) * each, batch):
+        numbers = range(first, min(first + batch, (cluster.rank + 1) * each))
+        noise = Noise(seed, EVAL_STREAM, numbers, cluster.device)
+        labels = torch.tensor([i % classes for i in numbers], device=cluster.device) if classes else None
+        latents = [noise.normal(*shape) for _ in range(noise_draws(description["sampler"]))]
+        parts.append(sample(denoiser, description["sampler"], latents, class_labels(labels)).clamp(-1, 1))
+    samples = cluster.gather(torch.cat(parts))[:count].cpu()
+    return samples, torch.arange(count) % classes if classes else None
+
+
+def main(trainer: type[Trainer], argv: list[str] | None = None) -> None:
+    """The command `accelerate launch trainers/METHOD.py ...`. Exit codes: 0 done, 1 training failed, 2 bad input, 130 stopped by a signal."""
+    argv = sys.argv[1:] if argv is None else argv
+    talks = int(os.environ.get("RANK", 0)) == 0
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    code, cluster = 0, None
+    try:
+        config = load_config(trainer.config_class, argv, trainer.default_recipe, trainer.method)
+        config = trainer.prepare(config, int(os.environ.get("WORLD_SIZE", 1)))
+        check_same_run(config)
+        images = load_images(config.data, progress=talks)
+        cluster = Cluster(trainer.networks, config.config, config.out, config.loop.tracker)
+        trainer(config, cluster, images).fit()
+    except (ConfigError, LaunchError, hub.ModelError) as error:
+        code = _say(talks, f"error: {error}", 2)
+    except TrainingError as error:
+        code = _say(talks, f"error: {error}", 1)
+    except KeyboardInterrupt:
+        code = _say(talks, "stopped; run the same command again to go on", 130)
+    if cluster is not None:
+        cluster.close()
+    sys.exit(code)
+
+
+def _say(talks: bool, text: str, code: int) -> int:
+    if talks:
+        print(text, file=sys.stderr, flush=True)
+    return code
