@@ -91,7 +91,7 @@ class Block(nn.Module):
         self.flavor, self.resample_mode, self.resample_filter = flavor, resample_mode, tuple(resample_filter)
         self.num_heads = out_channels // channels_per_head if attention else 0
         self.dropout, self.res_balance, self.attn_balance, self.clip_act = dropout, res_balance, attn_balance, clip_act
-        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.emb_gain = nn.Parameter(torch.zeros(1))  # [1], not []: DeepSpeed cannot broadcast a tensor without dimensions
         self.conv_res0 = MPConv(out_channels if flavor == "enc" else in_channels, out_channels, (3, 3))
         self.emb_linear = MPConv(emb_channels, out_channels, ())
         self.conv_res1 = MPConv(out_channels, out_channels, (3, 3))
@@ -147,7 +147,7 @@ class EDM2UNet(nn.Module):
         widths = [model_channels * m for m in channel_mult]
         noise = model_channels * channel_mult_noise if channel_mult_noise is not None else widths[0]
         emb = model_channels * channel_mult_emb if channel_mult_emb is not None else max(widths)
-        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.out_gain = nn.Parameter(torch.zeros(1))
         self.emb_fourier = MPFourier(noise)
         self.emb_noise = MPConv(noise, emb, ())
         self.emb_label = MPConv(label_dim, emb, ()) if label_dim else None
@@ -248,7 +248,7 @@ def from_nvlabs(config: dict, state_dict: dict[str, Tensor]) -> Denoiser:
     renamed = {}
     for key, value in state_dict.items():
         prefix = next((p for p in prefixes if key.startswith(p)), "")
-        renamed[prefixes.get(prefix, "") + key.removeprefix(prefix)] = value.float()
+        renamed[prefixes.get(prefix, "") + key.removeprefix(prefix)] = torch.atleast_1d(value.float())
     try:
         denoiser.load_state_dict(renamed)
     except RuntimeError as error:

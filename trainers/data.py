@@ -172,30 +172,37 @@ def _check_labels(config: DataConfig, labels: np.ndarray) -> None:
                           f"set it to {labels.max() + 1}, or to 0 to train without labels")
 
 
+class Order:
+    """An endless order of `count` rows: each epoch is a permutation of its own, a function of (seed, epoch)."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed, self.epoch = count, seed, -1
+
+    def __call__(self, position: int) -> tuple[int, bool]:
+        """-> (the row at this position, a coin toss that goes with it)."""
+        epoch, i = divmod(position, self.count)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.rows = torch.randperm(self.count, generator=generator)
+            self.coins = torch.rand(self.count, generator=generator) < 0.5
+            self.epoch = epoch
+        return int(self.rows[i]), bool(self.coins[i])
+
+
 class Stream(Dataset):
-    """An endless set addressed by position: position p is row p mod n of epoch p // n's own order."""
+    """An image set without end, addressed by position."""
 
     def __init__(self, images: ImageSet, seed: int, xflip: bool):
-        self.images, self.seed, self.xflip = images, seed, xflip
-        self.epoch, self.order, self.flips = -1, None, None
+        self.images, self.order, self.xflip = images, Order(len(images), seed), xflip
 
     def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor | None]:
-        placed = [self._place(p) for p in positions]
+        placed = [self.order(p) for p in positions]
         rows = [row for row, _ in placed]
         pixels = self.images.images(rows)
         if self.xflip:
             flips = torch.tensor([flip for _, flip in placed]).view(-1, 1, 1, 1)
             pixels = torch.where(flips, pixels.flip(3), pixels)
         return pixels, self.images.labels_of(rows)
-
-    def _place(self, position: int) -> tuple[int, bool]:
-        epoch, i = divmod(position, len(self.images))
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self.order = torch.randperm(len(self.images), generator=generator)
-            self.flips = torch.rand(len(self.images), generator=generator) < 0.5
-            self.epoch = epoch
-        return int(self.order[i]), bool(self.flips[i])
 
 
 def batches(images: ImageSet, config: DataConfig, seed: int, batch: int, start: int, rank: int, world: int, device) -> Iterator[Batch]:

@@ -135,7 +135,7 @@ class Cluster:
         self._say_what_there_is(plan)
 
     def _build(self, plan: Plan, networks, cuda: bool, tracker: str | None, out: str | None) -> Accelerator:
-        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+        handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         options = dict(kwargs_handlers=handlers, log_with=tracker, project_dir=out)
         self._clean_environment(cuda)
         if not self.stage:
