@@ -7,10 +7,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from models.conditioning import concatenate, unconditional
+from models.conditioning import class_labels, concatenate, unconditional
 from models.denoiser import at_least_float32
+from models.noise import Noise
 from models.schedules import EDM
+
+DRAW_STREAM = 1_000_000  # of random numbers, which training never touches
 
 
 class Guided:
@@ -113,3 +117,26 @@ def noise_draws(sampler: dict) -> int:
 def network_calls(sampler: dict) -> int:
     """Passes of the network for one image, guidance aside."""
     return {"heun": lambda s: 2 * s["steps"] - 1, "ddim": lambda s: s["steps"], "few_step": lambda s: len(s["timesteps"])}[sampler["type"]](sampler)
+
+
+def draw(denoiser, description: dict, numbers: range, batch: int, seed: int = 0, labels: Tensor | None = None,
+         progress: str | None = None) -> tuple[Tensor, Tensor | None]:
+    """Images in [-1, 1] by a model's own sampler, on the host, with their labels.
+
+    Image number i is the same for a seed, whatever is drawn with it. labels [len(numbers)]: None takes all classes in turn.
+    description: a model's config.json. progress: what a progress bar should say.
+    """
+    device = next(denoiser.parameters()).device
+    shape = (description["channels"], description["resolution"], description["resolution"])
+    if labels is None and description["classes"]:
+        labels = torch.tensor(numbers) % description["classes"]
+    bar = tqdm(total=len(numbers), desc=progress, unit="img", disable=None if progress else True)
+    parts = []
+    for i in range(0, len(numbers), batch):
+        noise = Noise(seed, DRAW_STREAM, numbers[i:i + batch], device)
+        latents = [noise.normal(*shape) for _ in range(noise_draws(description["sampler"]))]
+        cond = class_labels(None if labels is None else labels[i:i + batch].to(device))
+        parts.append(sample(denoiser, description["sampler"], latents, cond).clamp(-1, 1).cpu())
+        bar.update(len(parts[-1]))
+    bar.close()
+    return torch.cat(parts), labels

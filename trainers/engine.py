@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
@@ -149,6 +148,7 @@ class Cluster:
         plugins = {name: DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(plan)) for name in networks}
         accelerator = Accelerator(deepspeed_plugins=plugins, mixed_precision=self.precision, **options)
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)  # it warns of several engines, whose backward we never ask it for
         return accelerator
 
     def _clean_environment(self, cuda: bool) -> None:
@@ -274,9 +274,7 @@ class Engine:
         ours = dict(train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=self.config.accumulation,
                     gradient_clipping=self.config.clip)
         state.deepspeed_plugin.deepspeed_config.update(ours)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "a wrapped DeepSpeed engine reference is currently tied": we never use that reference
-            wrapped, _ = self.cluster.accelerator.prepare(self.module, self.optimizer)
+        wrapped, _ = self.cluster.accelerator.prepare(self.module, self.optimizer)
         # bfloat16 ZeRO-1/2 applies non-finite gradients: refuse them in the optimizer itself, where all the sharding has been done.
         self.optimizer.register_step_pre_hook(self._refuse_nonfinite)
         return wrapped

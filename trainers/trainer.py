@@ -9,17 +9,15 @@ import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from models import hub
-from models.conditioning import class_labels
 from models.denoiser import Denoiser
-from models.noise import Noise
-from models.sampling import noise_draws, sample
+from models.sampling import draw
 from trainers import checkpoint
 from trainers.config import ConfigError, RunConfig, check_same_run, load_config, write_config
 from trainers.data import Batch, ImageSet, batches, load_images
@@ -28,8 +26,6 @@ from trainers.engine import Cluster, Engine, LaunchError
 from trainers.logs import Meter, RunLog
 from trainers.metrics import frechet_distance
 from trainers.optim import learning_rate
-
-EVAL_STREAM = 1_000_000  # samples for evaluation draw from a stream that training never touches
 
 
 class TrainingError(Exception):
@@ -162,16 +158,19 @@ class Trainer(ABC):
 
     def evaluate(self) -> float:
         """Fréchet distance of the average's samples to real images, on pixels. Training is left as it was."""
-        samples, _ = draw(self.average(), self.description, self.config.eval.samples, self.config.eval.batch, self.config.seed, self.cluster)
-        return frechet_distance(samples, self.real_images())
+        config, world = self.config.eval, self.cluster.world
+        each = -(-config.samples // world)
+        numbers = range(self.cluster.rank * each, (self.cluster.rank + 1) * each)
+        samples, _ = draw(self.average(), self.description, numbers, config.batch, self.config.seed)
+        return frechet_distance(self.cluster.gather(samples.to(self.cluster.device))[:config.samples].cpu(), self.real_images)
 
+    @cached_property
     def real_images(self) -> Tensor:
-        """Those that samples are compared with: as many as are drawn, at most."""
-        if not hasattr(self, "_real"):
-            data = self.config.data if self.config.eval.split == self.config.data.split else _with_split(self.config)
-            reference = self.images if data is self.config.data else load_images(data, self.cluster.is_main)
-            self._real = reference.images(range(min(len(reference), 50_000)))
-        return self._real
+        """Those that samples are compared with."""
+        config = self.config
+        same = config.eval.split == config.data.split
+        images = self.images if same else load_images(replace(config.data, split=config.eval.split), self.cluster.is_main)
+        return images.images(range(min(len(images), 50_000)))
 
     # -- keeping
 
@@ -201,30 +200,6 @@ class Trainer(ABC):
             signal.signal(number, stop)
 
 
-def _with_split(config: RunConfig):
-    from dataclasses import replace
-
-    return replace(config.data, split=config.eval.split)
-
-
-def draw(denoiser: Denoiser, description: dict, count: int, batch: int, seed: int, cluster) -> tuple[Tensor, Tensor | None]:
-    """`count` samples in [-1, 1] and their labels (all classes in turn), on the host of every rank, shared out over the ranks.
-
-    Sample i is the same whatever the batch and the number of ranks.
-    """
-    each = -(-count // cluster.world)
-    shape = (description["channels"], description["resolution"], description["resolution"])
-    classes, parts = description["classes"], []
-    for first in range(cluster.rank * each, (cluster.rank + 1) * each, batch):
-        numbers = range(first, min(first + batch, (cluster.rank + 1) * each))
-        noise = Noise(seed, EVAL_STREAM, numbers, cluster.device)
-        labels = torch.tensor([i % classes for i in numbers], device=cluster.device) if classes else None
-        latents = [noise.normal(*shape) for _ in range(noise_draws(description["sampler"]))]
-        parts.append(sample(denoiser, description["sampler"], latents, class_labels(labels)).clamp(-1, 1))
-    samples = cluster.gather(torch.cat(parts))[:count].cpu()
-    return samples, torch.arange(count) % classes if classes else None
-
-
 def main(trainer: type[Trainer], argv: list[str] | None = None) -> None:
     """The command `accelerate launch trainers/METHOD.py ...`. Exit codes: 0 done, 1 training failed, 2 bad input, 130 stopped by a signal."""
     argv = sys.argv[1:] if argv is None else argv
@@ -246,7 +221,9 @@ def main(trainer: type[Trainer], argv: list[str] | None = None) -> None:
         code = _say(talks, "stopped; run the same command again to go on", 130)
     if cluster is not None:
         cluster.close()
-    sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)  # all is written; at the interpreter's own exit, threads of DeepSpeed's CPU collectives now and then abort the process
 
 
 def _say(talks: bool, text: str, code: int) -> int:
