@@ -23,7 +23,8 @@ class DiscriminatorHead(nn.Module):
 
     @staticmethod
     def _layer(channels, kernel, stride, padding):
-        groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels > g)
+        # At one pixel a group of two channels would keep nothing but a sign: eight at least.
+        groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 8 * g or g == 1))
         return [nn.Conv2d(channels, channels, kernel, stride, padding), nn.GroupNorm(groups, channels), nn.SiLU()]
 
     def forward(self, features: Tensor) -> Tensor:

@@ -125,6 +125,18 @@ def test_a_teacher_is_pretrained_where_none_is_given(tmp_path):
     assert (tmp_path / "teacher/model/model.safetensors").is_file() and (tmp_path / "run/model/model.safetensors").is_file()
 
 
+@CPU_ONLY
+@pytest.mark.parametrize("flags", [("--zero_stage", "2", "--mixed_precision", "bf16", "--"), ("--zero_stage", "3", "--")], ids=["zero2-bf16", "zero3"])
+def test_a_sharded_run_that_blows_up_stops_with_its_checkpoint_intact(tiny_teacher, tmp_path, flags):
+    """A learning rate that breaks the fake score after a checkpoint: updates are refused on every rank, the run ends with code 1, the masters are finite."""
+    common = ("--teacher", tiny_teacher, "--out", tmp_path / "run", *TINY, "--loop.save_every=8")
+    blown = launch("cpu_zero.yaml", "dmd.py", *flags, *common, "--images=400", "--fake_score.lr=1e38", check=False)
+    assert blown.returncode == 1 and "10 updates of fake_score in a row" in blown.stderr and "last good checkpoint is" in blown.stderr
+    refused = [json.loads(line)["fake_score/refused"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert refused[0] == 0 and refused[-1] >= 10
+    assert all(value.isfinite().all() for (network, kind, _), value in state_of(tmp_path / "run").items() if network == "generator")
+
+
 @pytest.mark.parametrize("arguments, said", [
     (("--recipe", "digits_dmx"), "recipe digits_dmx is unknown (did you mean digits_dmd?)"),
     (("--generator.lrr", "1"), "--generator.lrr is unknown (did you mean generator.lr?)"),

@@ -37,7 +37,7 @@ def save(root: Path, images: int, networks: dict, cluster, state: dict, keep: in
         kinds, scalars[name] = engine.state()
         if ema is not None:
             kinds |= {f"ema-{profile}": ema.shards(profile) for profile in ema.averages}
-        tensors = {f"{kind}:{s.offset}:{s.name}": s.tensor.detach().clone() for kind, shards in kinds.items() for s in shards}
+        tensors = {f"{kind}:{s.offset}:{s.name}": s.tensor.detach().cpu().clone() for kind, shards in kinds.items() for s in shards}
         if cluster.is_main:
             tensors |= {f"buffer:0:{n}": b.flatten() for n, b in engine.buffers().items()}
         file = aside / name / f"rank-{cluster.rank:05d}.safetensors"

@@ -151,7 +151,9 @@ def score(run: str, split: str = "all", samples: int = 2000, batch: int = 500) -
 
 
 def pairs(teacher: str, out: str, count: int = 10_000, seed: int = 0, batch: int = 500) -> None:
-    """Write noise-image pairs of a teacher's deterministic sampler, for DMD's regression. Run it again to go on; launch it on several processes to share the work.
+    """Write noise-image pairs of a teacher's deterministic sampler, for DMD's regression. Run it again to go on.
+
+    To share the work: torchrun --nproc_per_node 8 -m trainers.cli pairs ...
 
     Args:
         teacher: A run's folder.
@@ -160,7 +162,7 @@ def pairs(teacher: str, out: str, count: int = 10_000, seed: int = 0, batch: int
         seed: Of their noise.
         batch: Pairs drawn at a time.
     """
-    make_pairs(teacher, out, count, seed, batch, "cuda" if torch.cuda.is_available() else "cpu")
+    make_pairs(teacher, out, count, seed, batch, f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 def main() -> None:
@@ -169,3 +171,7 @@ def main() -> None:
     except (ConfigError, hub.ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

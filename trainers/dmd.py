@@ -86,8 +86,7 @@ class DMD(Trainer):
     method, networks, config_class, default_recipe = "dmd", ("generator", "fake_score"), DmdConfig, "digits_dmd"
 
     @classmethod
-    def prepare(cls, config, world):
-        config.check(world)
+    def prepare(cls, config):
         config = replace(config, teacher=find_teacher(config.teacher, config.pretrain))
         found = check_teacher(config.teacher, config.data)
         require(found["sampler"]["type"] != "few_step", f"teacher {config.teacher} is itself a few-step student: give the network it came from")

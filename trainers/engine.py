@@ -55,6 +55,11 @@ class Plan:
     deepspeed: dict = field(default_factory=dict)  # a DeepSpeed JSON to start from
 
     @classmethod
+    def read(cls, path: str | None) -> "Plan":
+        """From a file, or, without one, from what the launcher exported."""
+        return cls.from_file(path) if path else cls.from_environment()
+
+    @classmethod
     def from_file(cls, path: str) -> "Plan":
         """Raises LaunchError where the file is missing, is no accelerate configuration or asks for another back-end."""
         if not Path(path).is_file():
@@ -112,12 +117,10 @@ def _stage(source: str, zero: dict) -> int | None:
 class Cluster:
     """The one Accelerator of a run, and the few collectives that the rest of the house needs.
 
-    networks: a name for each engine that will be made. config: an accelerate configuration file; None: what the launcher
-    exported. out: where trackers write, None for no tracker. Raises LaunchError.
+    networks: a name for each engine that will be made. out: where trackers write, None for no tracker. Raises LaunchError.
     """
 
-    def __init__(self, networks: tuple[str, ...], config: str | None = None, out: str | None = None, tracker: str = "tensorboard"):
-        plan = Plan.from_file(config) if config else Plan.from_environment()
+    def __init__(self, networks: tuple[str, ...], plan: Plan, out: str | None = None, tracker: str = "tensorboard"):
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available() and not plan.cpu
         self.stage = plan.zero_stage
@@ -137,6 +140,7 @@ class Cluster:
         handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         options = dict(kwargs_handlers=handlers, log_with=tracker, project_dir=out)
         self._clean_environment(cuda)
+        torch.backends.cudnn.allow_tf32 = self.precision != "no"  # float32 means float32
         if not self.stage:
             return Accelerator(cpu=not cuda, mixed_precision="no", **options)  # the Engine does its own casting
         if not cuda:
@@ -391,7 +395,7 @@ class Engine:
         for shard in self.shards:
             if shard.name in views:
                 for first, piece in _row_pieces(shard.tensor, shard.offset, shard.shape):
-                    views[shard.name][first:first + len(piece)] += piece.square().sum(1)
+                    views[shard.name][first:first + len(piece)] += piece.square().sum(1).to(squares.device)
         views = dict(zip(shapes, self.cluster.sum(squares).split([shape[0] for shape in shapes.values()])))
         return {name: EPS + (views[name] * (shape[0] / torch.Size(shape).numel())).sqrt() for name, shape in shapes.items()}
 
@@ -535,5 +539,6 @@ def _row_pieces(flat: Tensor, offset: int, shape: tuple[int, ...]) -> Iterator[t
 
 
 def _divide_rows(flat: Tensor, offset: int, norms: Tensor, shape: tuple[int, ...]) -> None:
+    norms = norms.to(flat.device)  # masters may live in host memory
     for first, piece in _row_pieces(flat, offset, shape):
         piece.copy_(piece.float() / norms[first:first + len(piece), None])

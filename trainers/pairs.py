@@ -7,6 +7,7 @@ pairs are written whole or not at all: an interrupted run goes on, and several p
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -56,6 +57,8 @@ def make_pairs(teacher: str, out: str, count: int, seed: int = 0, batch: int = 5
         bar.update(len(numbers))
     bar.close()
     if rank == 0:
+        while not all(_file(folder, first).is_file() for first in range(0, count, PER_FILE)):
+            time.sleep(0.5)  # the other ranks' files; if one of them fails, the launcher ends this one
         _replace(folder / INDEX, lambda path: path.write_text(json.dumps({**identity, "count": count}, indent=1)))
 
 

@@ -22,7 +22,7 @@ from trainers import checkpoint
 from trainers.config import ConfigError, RunConfig, check_same_run, load_config, write_config
 from trainers.data import Batch, ImageSet, batches, load_images
 from trainers.ema import ShardedEMA
-from trainers.engine import Cluster, Engine, LaunchError
+from trainers.engine import Cluster, Engine, LaunchError, Plan
 from trainers.logs import Meter, RunLog
 from trainers.metrics import frechet_distance
 from trainers.optim import learning_rate
@@ -62,9 +62,8 @@ class Trainer(ABC):
         self.meter, self.asked_to_stop = Meter(), False
 
     @classmethod
-    def prepare(cls, config: RunConfig, world: int) -> RunConfig:
-        """Refuse what cannot work, before any network is built and any process group exists. Returns the config to run."""
-        config.check(world)
+    def prepare(cls, config: RunConfig) -> RunConfig:
+        """What a method does before any network is built and any process group exists. Returns the config to run."""
         return config
 
     @abstractmethod
@@ -123,14 +122,15 @@ class Trainer(ABC):
 
     def _report(self, images_per_second: float) -> None:
         """Log, and look at what is only looked at now: refused updates and signals. The one place that waits for the device."""
-        values = self.meter.read(self.cluster)
+        values, worst = self.meter.read(self.cluster), {}
         for name, (engine, _) in self.engines.items():
-            _, in_a_row, refused = engine.refusals.tolist()
+            _, worst[name], refused = engine.refusals.tolist()
             values |= {f"{name}/lr": learning_rate(engine.config, self.images_seen), f"{name}/refused": refused}
+        self.log.write(self.images_seen, {**values, "images_per_second": images_per_second})
+        for name, in_a_row in worst.items():
             if in_a_row >= self.config.loop.max_refused:
                 raise TrainingError(f"{in_a_row:.0f} updates of {name} in a row had a loss or gradient that is not finite, and were refused: "
                                     f"stopped at {self.images_seen} images; {self._last_checkpoint()}")
-        self.log.write(self.images_seen, {**values, "images_per_second": images_per_second})
         if self.cluster.any(self.asked_to_stop):
             self.save()
             self.log.close()
@@ -208,10 +208,12 @@ def main(trainer: type[Trainer], argv: list[str] | None = None) -> None:
     code, cluster = 0, None
     try:
         config = load_config(trainer.config_class, argv, trainer.default_recipe, trainer.method)
-        config = trainer.prepare(config, int(os.environ.get("WORLD_SIZE", 1)))
-        check_same_run(config)
+        config.check(int(os.environ.get("WORLD_SIZE", 1)))
+        plan = Plan.read(config.config)
         images = load_images(config.data, progress=talks)
-        cluster = Cluster(trainer.networks, config.config, config.out, config.loop.tracker)
+        config = trainer.prepare(config)
+        check_same_run(config)
+        cluster = Cluster(trainer.networks, plan, config.out, config.loop.tracker)
         trainer(config, cluster, images).fit()
     except (ConfigError, LaunchError, hub.ModelError) as error:
         code = _say(talks, f"error: {error}", 2)

@@ -12,7 +12,7 @@ from models.sampling import few_step
 from trainers.config import ConfigError
 from trainers.data import Batch, load_images
 from trainers.dmd import DMD, DmdConfig, RegressionConfig
-from trainers.engine import Cluster
+from trainers.engine import Cluster, Plan
 from trainers.losses import dmd_gradient, dmd_loss
 from trainers.optim import OptimConfig
 from trainers.pairs import make_pairs
@@ -26,7 +26,8 @@ def trainer(teacher, tmp_path, **settings) -> DMD:
     settings = dict(timesteps=(10.0,), fake_updates=2, gan_weight=0.1, generator=OPTIM, fake_score=OPTIM) | settings
     config = DmdConfig(teacher=str(teacher), out=str(tmp_path / "run"), images=24, **settings)
     config = replace(config, loop=replace(config.loop, batch=8, log_every=8), eval=replace(config.eval, samples=16))
-    made = DMD(DMD.prepare(config, 1), Cluster(DMD.networks, out=None), load_images(config.data))
+    config.check(1)
+    made = DMD(DMD.prepare(config), Cluster(DMD.networks, Plan.read(None)), load_images(config.data))
     made.build()
     return made
 
@@ -222,7 +223,8 @@ def test_what_cannot_work_is_one_sentence(tiny_teacher, tmp_path, settings, said
     """Each is refused before any network is built, and names its field."""
     config = replace(DmdConfig(teacher=str(tiny_teacher), out=str(tmp_path / "run")), **settings)
     with pytest.raises((ConfigError, hub.ModelError), match=said) as error:
-        DMD.prepare(config, 1)
+        config.check(1)
+        DMD.prepare(config)
     assert "\n" not in str(error.value)
 
 
@@ -232,7 +234,7 @@ def test_a_teacher_that_disagrees_with_the_data_is_refused(tiny_teacher, tmp_pat
     config = DmdConfig(teacher=str(tiny_teacher), out=str(tmp_path / "run"))
     config = replace(config, data=replace(config.data, **{field: value}))
     with pytest.raises(ConfigError, match=f"data.{field} is {value}, and the teacher .* they must agree"):
-        DMD.prepare(config, 1)
+        DMD.prepare(config)
 
 
 def test_too_many_refused_updates_stop_the_run(tiny_teacher, tmp_path):

@@ -42,7 +42,7 @@ def config_file(tmp_path, precision):
 
 
 def engine(config=OptimConfig(lr=0.01), module=None, accelerate_config=None, **options):
-    cluster = Cluster(("net",), accelerate_config)
+    cluster = Cluster(("net",), Plan.read(accelerate_config))
     return Engine(cluster, "net", module or net(), config, 8, **options)
 
 
