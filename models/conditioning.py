@@ -17,7 +17,9 @@ def unconditional(cond: dict | None) -> dict:
 
 
 def concatenate(*conds: dict) -> dict:
-    """Conditions of several batches -> the condition of the batches joined."""
+    """Conditions of several batches -> the condition of the batches joined. Raises ValueError where they are of different kinds."""
+    if any(set(cond) != set(conds[0]) for cond in conds):
+        raise ValueError(f"conditions of different kinds cannot be joined: {', '.join(str(sorted(cond)) for cond in conds)}")
     return {key: torch.cat([cond[key] for cond in conds]) for key in conds[0]}
 
 

@@ -40,6 +40,8 @@ def from_x0(prediction: str, x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tens
     alpha, sigma = expand(alpha, x_t), expand(sigma, x_t)
     eps = (x_t - alpha * x0) / sigma
     outputs = {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}
+    if prediction not in outputs:
+        raise ValueError(f"prediction {prediction!r} is not one of {', '.join(outputs)}")
     return outputs[prediction]
 
 
@@ -99,6 +101,7 @@ class ScoreModel(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict | None = None, denoise: bool = True, logits: bool = False) -> Score:
         """`denoise` asks for x0 and the log-variance, `logits` for the discriminator's verdict on x_t. Logits alone run only the encoder."""
+        t = t.expand(len(x_t))
         if logits:
             x0, features = self.denoiser(x_t, t, cond, features=True if denoise else "only")
         else:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from models.edm2_unet import EDM2UNet, LogVar
 from models.schedules import EDM, CosineVP, DiscreteVP, Flow
 
 BACKBONES = {"EDM2UNet": EDM2UNet}
+PARTS = ("backbone", "schedule", "prediction", "logvar", "resolution", "channels", "classes", "sampler")  # of a description
 SCHEDULES = {"CosineVP": CosineVP, "DiscreteVP": DiscreteVP, "EDM": EDM, "Flow": Flow}
 
 
@@ -36,14 +38,19 @@ def describe(denoiser: Denoiser) -> dict:
 
 
 def build(description: dict) -> Denoiser:
-    """A denoiser with fresh weights."""
-    backbone, schedule = dict(description["backbone"]), dict(description["schedule"])
-    for part, known in ((backbone, BACKBONES), (schedule, SCHEDULES)):
-        if part["type"] not in known:
-            raise ModelError(f"{part['type']} is not a network or schedule that is known here: {', '.join(known)}")
-    logvar = None if description["logvar"] is None else LogVar(**description["logvar"])
-    schedule = SCHEDULES[schedule.pop("type")](**schedule)
-    return Denoiser(BACKBONES[backbone.pop("type")](**backbone), schedule, description["prediction"], logvar)
+    """A denoiser with fresh weights. Raises ModelError where the description is not one of a network known here."""
+    try:
+        backbone, schedule = (_make(description[part], known) for part, known in (("backbone", BACKBONES), ("schedule", SCHEDULES)))
+        logvar = None if description["logvar"] is None else LogVar(**description["logvar"])
+        return Denoiser(backbone, schedule, description["prediction"], logvar)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"no network can be built from this description: {error}") from None
+
+
+def _make(part: dict, known: dict[str, type]):
+    if part["type"] not in known:
+        raise ValueError(f"{part['type']} is not among {', '.join(known)}")
+    return known[part["type"]](**{key: value for key, value in part.items() if key != "type"})
 
 
 def model_folder(path: str) -> Path:
@@ -59,9 +66,11 @@ def description(path: str) -> dict:
     file = model_folder(path) / "config.json"
     try:
         found = json.loads(file.read_text())
-        found["backbone"]["type"], found["resolution"], found["channels"], found["classes"], found["sampler"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ModelError(f"{file}: not a model's description ({type(error).__name__}: {error})") from None
+        missing = [part for part in PARTS if part not in found]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+    except (ValueError, TypeError) as error:  # of which those for what is not JSON, or not text, are kinds
+        raise ModelError(f"{file}: not a model's description ({error})") from None
     return found
 
 
@@ -71,8 +80,8 @@ def load_denoiser(path: str, device: torch.device | str = "cpu") -> Denoiser:
     denoiser = build(description(path))
     try:
         denoiser.load_state_dict(load_file(folder / "model.safetensors"))
-    except Exception as error:  # safetensors and torch raise many kinds for a damaged file
-        raise ModelError(f"{folder}/model.safetensors does not fit config.json: {str(error).splitlines()[0]}") from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}/model.safetensors does not fit config.json: {' '.join(str(error).split())[:300]}") from None
     return denoiser.to(device).eval().requires_grad_(False)
 
 

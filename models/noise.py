@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Noise:
-    """The random stream of some samples. seed, stream: any integers; samples: their numbers in the run, one each row.
+    """The random stream of some samples. seed, stream: 64-bit integers; samples: their numbers in the run, one each row.
 
     The k-th draw of a sample is a function of (seed, stream, sample, k) alone.
     """

@@ -127,6 +127,8 @@ class DiscreteVP(Schedule):
         return (_tensor(u) * self.t_max).ceil().clamp(min=1)
 
     def grid(self, n):
+        if n > self.t_max:
+            raise ValueError(f"{n} steps are more than the schedule's {self.t_max:.0f} levels")
         return (self.t_max * (1 - torch.arange(n + 1, dtype=torch.float64) / n)).round()
 
     def conditioning(self, t):

@@ -6,7 +6,9 @@ the mend. A trainer's own sections stand in its file; what all of them share sta
 
 import dataclasses
 import difflib
+import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field, is_dataclass
@@ -76,11 +78,15 @@ class RunConfig:
     def check(self, world: int) -> None:
         """Raise ConfigError for what cannot work on `world` processes."""
         positive = {"images": self.images, "loop.batch": self.loop.batch, "loop.log_every": self.loop.log_every, "loop.keep": self.loop.keep,
-                    "eval.samples": self.eval.samples, "eval.batch": self.eval.batch, "data.channels": self.data.channels}
+                    "eval.samples": self.eval.samples, "eval.batch": self.eval.batch, "loop.max_refused": self.loop.max_refused}
         for name, value in positive.items():
             require(value > 0, f"{name} is {value}, and must be above 0")
         require(self.data.resolution > 0 and self.data.resolution & (self.data.resolution - 1) == 0,
                 f"data.resolution is {self.data.resolution}, and must be a power of two")
+        require(self.data.channels in (1, 3), f"data.channels is {self.data.channels}, and must be 1 or 3")
+        for name, value in {"data.classes": self.data.classes, "data.workers": self.data.workers, "loop.save_every": self.loop.save_every,
+                            "loop.eval_every": self.loop.eval_every}.items():
+            require(value >= 0, f"{name} is {value}, and must not be below 0")
         require(self.data.fit in ("crop", "pad"), f"data.fit is {self.data.fit!r}, and must be crop or pad")
         require(self.loop.batch % world == 0,
                 f"loop.batch is {self.loop.batch}, which {world} processes cannot share equally: take {_next_multiple(self.loop.batch, world)}")
@@ -138,9 +144,10 @@ def load_config(cls: type, argv: list[str], default_recipe: str, method: str):
     """A frozen config of class `cls` from its defaults, the recipe named in argv (or the default one), and argv's overrides."""
     recipe = recipe_path(_option(argv, "recipe") or default_recipe)
     try:
-        content = yaml.safe_load(recipe.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {recipe} is not YAML: {' '.join(str(error).split())}") from None
+        content = yaml.safe_load(recipe.read_text())
+        content = {} if content is None else dict(content)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ConfigError(f"recipe {recipe} is not a YAML file of names and values: {' '.join(str(error).split())}") from None
     made_for = content.pop("method", method)
     require(made_for == method, f"recipe {recipe} is for trainers/{made_for}.py, not trainers/{method}.py")
     known = _leaves(cls)
@@ -152,8 +159,7 @@ def load_config(cls: type, argv: list[str], default_recipe: str, method: str):
         require(not argument.startswith("--") or key in known or key == "help", f"--{key} is unknown{_nearest(key, known)}")
     parser = _Parser(prog=f"trainers/{method}.py", description=cls.__doc__, exit_on_error=True)
     parser.add_class_arguments(cls, as_group=False)
-    from_recipe = [f"--{key}={yaml.safe_dump(value, default_flow_style=True).removesuffix(chr(10)).removesuffix(chr(10) + '...')}"
-                   for key, value in given.items()]
+    from_recipe = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
     parsed = parser.parse_args([*from_recipe, *argv])
     config = cls(**vars(parser.instantiate_classes(parsed)))
     return dataclasses.replace(config, recipe=str(recipe))
@@ -198,11 +204,17 @@ MAY_CHANGE = ("recipe", "config", "out", "images", "loop.log_every", "loop.save_
 
 def write_config(config: RunConfig) -> None:
     """OUT/config.yaml: the resolved configuration, versions, git commit and command line."""
-    commit = subprocess.run(["git", "-C", str(HOUSE), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    about = {"command": sys.argv, "commit": commit or None, "python": sys.version.split()[0],
+    about = {"command": sys.argv, "commit": _commit(), "python": sys.version.split()[0],
              **{name: version(name) for name in ("fewstep", "torch", "accelerate", "deepspeed")}}
-    file = Path(config.out) / "config.yaml"
-    file.write_text(yaml.safe_dump({"config": _plain(config), "about": about}, sort_keys=False))
+    aside = Path(config.out) / ".config.yaml"
+    aside.write_text(yaml.safe_dump({"config": _plain(config), "about": about}, sort_keys=False))
+    os.replace(aside, Path(config.out) / "config.yaml")
+
+
+def _commit() -> str | None:
+    if shutil.which("git") is None:
+        return None
+    return subprocess.run(["git", "-C", str(HOUSE), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
 
 
 def _plain(config) -> dict:

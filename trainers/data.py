@@ -38,41 +38,54 @@ class Batch:
         return [Batch(self.images[cut], take(self.cond, cut), self.noise[cut]) for cut in cuts]
 
 
+UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for damaged files
+
+
 class ImageSet(Dataset):
     """Images [C, R, R] uint8 and labels, by row. `pixels` is the whole set decoded, where it fits in memory."""
 
     def __init__(self, rows, config: DataConfig, labels: np.ndarray | None, progress: bool):
-        self.rows, self.config = rows, config
+        self.rows, self.config, self.pixels = rows, config, None
         self.labels = torch.from_numpy(labels.astype(np.int64)) if labels is not None else None
-        self.pixels = None
         if len(rows) * config.channels * config.resolution**2 <= IN_MEMORY:
             order = tqdm(range(len(rows)), desc="decoding images", unit="img", disable=None if progress else True)
-            self.pixels = torch.stack([self._decode(i) for i in order])
+            found = [self._decode(i) for i in order]
+            self.pixels = torch.stack([pixels for pixels, _ in found])
+            if self.labels is not None:
+                self.labels = self.labels[torch.tensor([row for _, row in found])]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> Tensor:
-        return self._decode(i) if self.pixels is None else self.pixels[i]
-
-    def _decode(self, i: int) -> Tensor:
-        """Row i; with skip_bad, the next row that decodes."""
+    def _decode(self, i: int) -> tuple[Tensor, int]:
+        """Row i, and the row that it came from: with skip_bad, the next one that decodes."""
         for j in range(i, i + len(self.rows)):
             row = self.rows[j % len(self.rows)]
             try:
-                return _to_pixels(Image.open(io.BytesIO(row["bytes"])), self.config)
-            except OSError as error:
+                return _to_pixels(Image.open(io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"]), self.config), j % len(self.rows)
+            except UNDECODABLE as error:
                 name = row.get("path") or f"row {j % len(self.rows)} of {self.config.source}"
                 if not self.config.skip_bad:
                     raise ConfigError(f"{name} is not an image that decodes ({error}): remove it, or set data.skip_bad") from None
         raise ConfigError(f"no image of {self.config.source} decodes")
 
+    def take(self, rows) -> tuple[Tensor, Tensor | None]:
+        """Rows -> (float [n, C, R, R] in [-1, 1], labels [n] or None)."""
+        rows = torch.as_tensor(rows)
+        if self.pixels is None:
+            found = [self._decode(i) for i in rows.tolist()]
+            pixels, rows = torch.stack([pixels for pixels, _ in found]), torch.tensor([row for _, row in found])
+        else:
+            pixels = self.pixels[rows]
+        return self._scale(pixels), None if self.labels is None else self.labels[rows]
+
     def images(self, rows) -> Tensor:
         """Rows -> float [n, C, R, R] in [-1, 1]."""
-        return torch.stack([self[int(i)] for i in rows]).float() / 127.5 - 1
+        return self.take(rows)[0]
 
-    def labels_of(self, rows) -> Tensor | None:
-        return None if self.labels is None else self.labels[torch.as_tensor(rows)]
+    @staticmethod
+    def _scale(pixels: Tensor) -> Tensor:
+        return pixels.float() / 127.5 - 1
 
 
 class Digits(ImageSet):
@@ -90,8 +103,9 @@ class Digits(ImageSet):
         self.pixels = torch.from_numpy(x.reshape(-1, 1, 8, 8) / 8 - 1).float()
         self.labels = torch.from_numpy(y.astype(np.int64)) if config.classes else None
 
-    def images(self, rows) -> Tensor:
-        return self.pixels[torch.as_tensor(rows)]
+    @staticmethod
+    def _scale(pixels: Tensor) -> Tensor:
+        return pixels
 
 
 def _to_pixels(image: Image.Image, config: DataConfig) -> Tensor:
@@ -135,24 +149,38 @@ def _open(config: DataConfig):
     import datasets
 
     path = Path(config.source)
-    split = "train" if config.split == "all" or path.exists() else config.split
     try:
         if path.is_dir():
-            rows = datasets.load_dataset("imagefolder", data_dir=str(path), split=split)
+            splits = datasets.load_dataset("imagefolder", data_dir=str(path))
         elif path.suffix == ".parquet" and path.is_file():
-            rows = datasets.load_dataset("parquet", data_files=str(path), split=split)
+            splits = datasets.load_dataset("parquet", data_files=str(path))
         elif path.suffix == ".parquet" or config.source.startswith((".", "/", "~")):
             raise ConfigError(f"data.source is {config.source}, and there is no such file or folder")
         else:
-            rows = datasets.load_dataset(config.source, split=split)
+            splits = datasets.load_dataset(config.source)
     except ConfigError:
         raise
     except Exception as error:  # datasets raises a dozen kinds for a set that is missing, empty, damaged or out of reach
-        raise ConfigError(f"data.source is {config.source}, and cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from None
+        said = " ".join(str(error).split())[:200]
+        raise ConfigError(f"data.source is {config.source}, and cannot be read ({type(error).__name__}: {said})") from None
+    rows = _split(splits, config)
+    if len(rows) == 0:
+        raise ConfigError(f"data.source is {config.source}, and there is no image in it")
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.Image):
             return rows, name
     raise ConfigError(f"data.source is {config.source}, and none of its columns holds images: {', '.join(rows.column_names)}")
+
+
+def _split(splits, config: DataConfig):
+    """The split that is asked for: "all" is all of them, and a set with only one has no other to offer."""
+    import datasets
+
+    if config.split == "all":
+        return datasets.concatenate_datasets(list(splits.values()))
+    if config.split not in splits and len(splits) > 1:
+        raise ConfigError(f"data.split is {config.split}, and {config.source} has {', '.join(splits)}")
+    return splits.get(config.split) or next(iter(splits.values()))
 
 
 def _labels(rows, config: DataConfig) -> np.ndarray | None:
@@ -162,6 +190,8 @@ def _labels(rows, config: DataConfig) -> np.ndarray | None:
     if column is None:
         raise ConfigError(f"data.classes is {config.classes}, and {config.source} has no labels: set data.classes to 0")
     labels = np.asarray(rows[column])
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ConfigError(f"data.classes is {config.classes}, and column {column} of {config.source} holds something else than whole numbers")
     _check_labels(config, labels)
     return labels
 
@@ -197,12 +227,11 @@ class Stream(Dataset):
 
     def __getitems__(self, positions: list[int]) -> tuple[Tensor, Tensor | None]:
         placed = [self.order(p) for p in positions]
-        rows = [row for row, _ in placed]
-        pixels = self.images.images(rows)
+        pixels, labels = self.images.take([row for row, _ in placed])
         if self.xflip:
             flips = torch.tensor([flip for _, flip in placed]).view(-1, 1, 1, 1)
             pixels = torch.where(flips, pixels.flip(3), pixels)
-        return pixels, self.images.labels_of(rows)
+        return pixels, labels
 
 
 def batches(images: ImageSet, config: DataConfig, seed: int, batch: int, start: int, rank: int, world: int, device) -> Iterator[Batch]:
@@ -215,8 +244,15 @@ def batches(images: ImageSet, config: DataConfig, seed: int, batch: int, start: 
             yield list(range(first, first + share))
             first += batch
 
-    loader = DataLoader(Stream(images, seed, config.xflip), batch_sampler=positions(), num_workers=config.workers, collate_fn=lambda items: items,
+    loader = DataLoader(Stream(images, seed, config.xflip), batch_sampler=positions(), num_workers=config.workers, collate_fn=_as_it_is,
                         pin_memory=torch.device(device).type == "cuda", persistent_workers=config.workers > 0)
-    for samples, (pixels, labels) in zip(positions(), loader):
-        cond = class_labels(None if labels is None else labels.to(device, non_blocking=True))
-        yield Batch(pixels.to(device, non_blocking=True), cond, Noise(seed, 0, samples, device))
+    try:
+        for samples, (pixels, labels) in zip(positions(), loader):
+            cond = class_labels(None if labels is None else labels.to(device, non_blocking=True))
+            yield Batch(pixels.to(device, non_blocking=True), cond, Noise(seed, 0, samples, device))
+    except ConfigError as error:  # from a worker process it comes wrapped in that process's traceback
+        raise ConfigError(str(error).strip().splitlines()[-1].removeprefix("trainers.config.ConfigError: ")) from None
+
+
+def _as_it_is(items):
+    return items

@@ -50,6 +50,10 @@ class Edm2Config(RunConfig):
     def check(self, world: int) -> None:
         super().check(world)
         self.micro_batch("optimizer", world, self.optimizer.accumulation)
+        self.optimizer.check("optimizer")
+        self.ema.check()
+        for name in ("sigma_data", "P_std", "sampling_steps"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, and must be above 0")
         smallest = self.data.resolution >> (len(self.network.channel_mult) - 1)
         require(smallest >= 1, f"network.channel_mult has {len(self.network.channel_mult)} levels, too many for resolution {self.data.resolution}")
         for level, mult in enumerate(self.network.channel_mult):
@@ -58,7 +62,6 @@ class Edm2Config(RunConfig):
             require(not attends or width >= self.network.channels_per_head,
                     f"network.channels_per_head is {self.network.channels_per_head}, more than the {width} channels at resolution {resolution}, "
                     f"whose attention would vanish: set it to {width} or less")
-        require(len(self.ema.names()) > 0, "ema has no profile: the result is an average, so give ema.sigma_rel or ema.halflife")
 
 
 class EDM2(Trainer):

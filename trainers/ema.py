@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainers.config import require
+
 RAMP = 0.09  # a half-life grows with the run up to its value: at most this share of the images seen
 
 
@@ -19,6 +21,14 @@ class EmaConfig:
 
     sigma_rel: tuple[float, ...] = (0.1,)  # power-function profiles, each in (0, 0.2886)
     halflife: tuple[float, ...] = ()  # classic profiles: images after which a weight counts half
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot work."""
+        require(bool(self.names()), "ema.sigma_rel and ema.halflife are empty: the result is an average, so give one")
+        for s in self.sigma_rel:
+            require(0 < s < 12**-0.5, f"ema.sigma_rel has {s}, and must lie in (0, {12**-0.5:.4f})")
+        for h in self.halflife:
+            require(h > 0, f"ema.halflife has {h}, and must be above 0")
 
     def names(self) -> list[str]:
         return [f"power-{s:.3f}" for s in self.sigma_rel] + [f"halflife-{h:g}" for h in self.halflife]

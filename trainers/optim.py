@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from trainers.config import require
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -20,6 +22,14 @@ class OptimConfig:
     warmup_images: int = 0  # linear rise from 0
     decay_after_images: int = 0  # then 1 / sqrt(images); 0: constant
     disc_lr_scale: float = 1.0  # the discriminator head's learning rate, in units of lr
+
+    def check(self, name: str) -> None:
+        """Raise ConfigError for what cannot work; `name` is this section's."""
+        for field in ("lr", "eps", "disc_lr_scale"):
+            require(getattr(self, field) > 0, f"{name}.{field} is {getattr(self, field)}, and must be above 0")
+        for field in ("weight_decay", "clip", "warmup_images", "decay_after_images"):
+            require(getattr(self, field) >= 0, f"{name}.{field} is {getattr(self, field)}, and must not be below 0")
+        require(all(0 <= beta < 1 for beta in self.betas), f"{name}.betas is {self.betas}, and both must lie in [0, 1)")
 
 
 def inverse_sqrt_lr(images: int, batch: int, ref_lr: float, ref_batches: float, rampup_images: float) -> float:

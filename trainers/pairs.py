@@ -46,6 +46,8 @@ def make_pairs(teacher: str, out: str, count: int, seed: int = 0, batch: int = 5
     if (folder / INDEX).is_file():
         there = {k: v for k, v in json.loads((folder / INDEX).read_text()).items() if k != "count"}
         require(there == identity, f"{out} holds pairs of another teacher, sampler or seed: give another folder")
+    else:
+        _write_index(folder, identity, 0)  # whose pairs these will be, from the first file on
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     denoiser = hub.load_denoiser(teacher, device)
     firsts = range(0, count, PER_FILE)[rank::world]
@@ -59,7 +61,11 @@ def make_pairs(teacher: str, out: str, count: int, seed: int = 0, batch: int = 5
     if rank == 0:
         while not all(_file(folder, first).is_file() for first in range(0, count, PER_FILE)):
             time.sleep(0.5)  # the other ranks' files; if one of them fails, the launcher ends this one
-        _replace(folder / INDEX, lambda path: path.write_text(json.dumps({**identity, "count": count}, indent=1)))
+        _write_index(folder, identity, count)
+
+
+def _write_index(folder: Path, identity: dict, count: int) -> None:
+    _replace(folder / INDEX, lambda path: path.write_text(json.dumps({**identity, "count": count}, indent=1)))
 
 
 def _file(folder: Path, first: int) -> Path:
@@ -97,9 +103,8 @@ class Pairs:
 
     def __init__(self, folder: str, seed: int):
         index = Path(folder) / INDEX
-        if not index.is_file():
-            raise ConfigError(f"regression.pairs is {folder}, and there are no finished pairs in it: make some with `fewstep pairs`")
-        self.about = json.loads(index.read_text())
+        self.about = json.loads(index.read_text()) if index.is_file() else {"count": 0}
+        require(self.about["count"] > 0, f"regression.pairs is {folder}, and there are no finished pairs in it: make some with `fewstep pairs`")
         self.order = Order(self.about["count"], seed)
         parts = []
         for first in range(0, self.about["count"], PER_FILE):

@@ -23,20 +23,21 @@ class Lpips(nn.Module):
         super().__init__()
         import lpips
 
-        state = _backbone_weights(backbone, weights)
+        path = _backbone_file(backbone, weights)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision's deprecated arguments, in the package
             self.net = lpips.LPIPS(net=backbone, pnet_rand=True, verbose=False)
-        self._fill(state)
+        self._fill(path, BACKBONES[backbone][0])
         self.eval().requires_grad_(False)
 
-    def _fill(self, state: dict[str, Tensor]) -> None:
+    def _fill(self, path: Path, file: str) -> None:
         """torchvision numbers the layers of `features`; the package keeps those numbers inside its slices."""
-        own = {k: v for k, v in self.net.net.state_dict().items()}
-        for name in own:
-            number, kind = name.split(".")[-2:]
-            own[name] = state[f"features.{number}.{kind}"]
-        self.net.net.load_state_dict(own)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            own = {name: state["features." + ".".join(name.split(".")[-2:])] for name in self.net.net.state_dict()}
+            self.net.net.load_state_dict(own)
+        except Exception as error:  # unpickling raises many kinds for a file of another sort
+            raise ConfigError(f"{path} is not torchvision's {file} ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.net(*(self._prepared(image) for image in (x, y))).flatten()
@@ -47,7 +48,7 @@ class Lpips(nn.Module):
         return F.interpolate(image, size=(224, 224), mode="bilinear", align_corners=False)
 
 
-def _backbone_weights(backbone: str, weights: str | None) -> dict[str, Tensor]:
+def _backbone_file(backbone: str, weights: str | None) -> Path:
     if backbone not in BACKBONES:
         raise ConfigError(f"regression.backbone is {backbone}, and must be one of {', '.join(BACKBONES)}")
     file, _ = BACKBONES[backbone]
@@ -58,10 +59,7 @@ def _backbone_weights(backbone: str, weights: str | None) -> dict[str, Tensor]:
     if not path.is_file():
         raise ConfigError(f"LPIPS needs the weights of its backbone, which are not at {path}: bring torchvision's {file} and name it with "
                           f"--regression.weights, or put it at {cached}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises many kinds for a file of another sort
-        raise ConfigError(f"{path} is not torchvision's {file} ({str(error).splitlines()[0]})") from None
+    return path
 
 
 def _download(backbone: str, path: Path) -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from models.denoiser import PREDICTIONS, Denoiser, ScoreModel, from_x0, to_x0
 from models.discriminator import DiscriminatorHead
@@ -21,9 +22,9 @@ def gaussians(*shape, seed=0, dtype=torch.float64):
     return torch.randn(2, *shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def tiny_unet(**settings):
+def tiny_unet():
     torch.manual_seed(0)
-    net = EDM2UNet(8, 1, 3, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8, **settings)
+    net = EDM2UNet(8, 1, 3, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8)
     for name, p in net.named_parameters():
         if name.endswith("gain"):
             p.data.fill_(0.5)
@@ -41,9 +42,9 @@ def test_conversions_are_inverses(schedule, prediction):
     value, x_t = gaussians(9, 2, 3, 3)
     alpha, sigma = schedule.alpha_sigma(schedule.time(torch.linspace(0.05, 0.95, 9, dtype=torch.float64)))
     there = to_x0(prediction, value, x_t, alpha, sigma)
-    torch.testing.assert_close(from_x0(prediction, there, x_t, alpha, sigma), value, rtol=1e-9, atol=1e-9)
+    assert_close(from_x0(prediction, there, x_t, alpha, sigma), value, rtol=1e-9, atol=1e-9)
     there = from_x0(prediction, value, x_t, alpha, sigma)
-    torch.testing.assert_close(to_x0(prediction, there, x_t, alpha, sigma), value, rtol=1e-9, atol=1e-9)
+    assert_close(to_x0(prediction, there, x_t, alpha, sigma), value, rtol=1e-9, atol=1e-9)
 
 
 @every_conversion
@@ -55,7 +56,7 @@ def test_denoiser_of_exact_output_returns_the_data(schedule, prediction):
     alpha, sigma = (expand(c, x0) for c in schedule.alpha_sigma(t))
     output = exact_output(prediction, x0, eps, alpha, sigma)
     denoiser = Denoiser(lambda x, c_noise, cond: output, schedule, prediction)
-    torch.testing.assert_close(denoiser(alpha * x0 + sigma * eps, t), x0, rtol=1e-9, atol=1e-9)
+    assert_close(denoiser(alpha * x0 + sigma * eps, t), x0, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v", "flow"])
@@ -64,8 +65,8 @@ def test_pure_noise(prediction):
     x0, eps = gaussians(1, 1, 4, 4)
     alpha, sigma = CosineVP().alpha_sigma(torch.ones(1, dtype=torch.float64))
     output = from_x0(prediction, x0, eps, alpha, sigma)
-    torch.testing.assert_close(output, exact_output(prediction, x0, eps, 0.0, 1.0), rtol=0, atol=1e-15)
-    torch.testing.assert_close(to_x0(prediction, output, eps, alpha, sigma), x0, rtol=0, atol=1e-15)
+    assert_close(output, exact_output(prediction, x0, eps, 0.0, 1.0), rtol=0, atol=1e-15)
+    assert_close(to_x0(prediction, output, eps, alpha, sigma), x0, rtol=0, atol=1e-15)
 
 
 @every_conversion
@@ -92,7 +93,7 @@ def test_half_precision_output_is_converted_in_float32(prediction, autocast):
         found = denoiser(x_t, t)
     alpha, sigma = torch.full((4,), alpha, dtype=torch.float64), torch.full((4,), sigma, dtype=torch.float64)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), to_x0(prediction, output.double(), x_t.double(), alpha, sigma), rtol=1e-5, atol=1e-4)
+    assert_close(found.double(), to_x0(prediction, output.double(), x_t.double(), alpha, sigma), rtol=1e-5, atol=1e-4)
 
 
 def test_float32_at_the_last_step():
@@ -100,7 +101,7 @@ def test_float32_at_the_last_step():
     x0, eps = gaussians(4, 3, 8, 8, dtype=torch.float32)
     t = torch.full((4,), 1000.0)
     denoiser = Denoiser(lambda x, c_noise, cond: eps, DDPM, "eps")
-    torch.testing.assert_close(denoiser(DDPM.add_noise(x0, eps, t), t), x0, rtol=0, atol=2e-4)
+    assert_close(denoiser(DDPM.add_noise(x0, eps, t), t), x0, rtol=0, atol=2e-4)
 
 
 def test_half_precision_input():
@@ -123,7 +124,7 @@ def test_score_of_a_mixture_is_its_posterior_mean(schedule):
     score, = torch.autograd.grad(log_parts.logsumexp(0).sum(), x_t)
     denoiser = Denoiser(lambda x, c_noise, cond: -sigma * score, schedule, "eps")
     posterior = torch.stack([m + alpha * s**2 / variance * (x_t - alpha * m) for m in means])
-    torch.testing.assert_close(denoiser(x_t, t), (log_parts.softmax(0) * posterior).sum(0), rtol=1e-9, atol=1e-9)
+    assert_close(denoiser(x_t, t), (log_parts.softmax(0) * posterior).sum(0), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.3])
@@ -135,10 +136,10 @@ def test_edm_preconditioning(sigma_data):
     denoiser = Denoiser(lambda x, c_noise, cond: seen.append((x, c_noise)) or torch.tanh(x), EDM(sigma_data=sigma_data), "edm")
     found = denoiser(x_t, sigma)
     s, total = expand(sigma, x_t), expand((sigma**2 + sigma_data**2).sqrt(), x_t)
-    torch.testing.assert_close(seen[0][0], x_t / total, rtol=1e-12, atol=0)
-    torch.testing.assert_close(seen[0][1], sigma.log() / 4, rtol=1e-12, atol=0)
+    assert_close(seen[0][0], x_t / total, rtol=1e-12, atol=0)
+    assert_close(seen[0][1], sigma.log() / 4, rtol=1e-12, atol=0)
     expected = sigma_data**2 / total**2 * x_t + s * sigma_data / total * torch.tanh(x_t / total)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+    assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.1, 0.5, 2.0, 80.0])
@@ -150,13 +151,13 @@ def test_edm_loss_starts_at_one(sigma):
     with torch.no_grad():
         x_t = x0 + sigma * eps
         found = denoiser(x_t, t)
-    torch.testing.assert_close(found, 0.25 / (sigma**2 + 0.25) * x_t, rtol=1e-12, atol=0)
+    assert_close(found, 0.25 / (sigma**2 + 0.25) * x_t, rtol=1e-12, atol=0)
     loss = denoising_loss(found, x0, edm_weight(t, 0.5))
     assert abs(loss.mean() - 1) < 4 * loss.std() / math.sqrt(len(loss))
 
 
 def test_network_is_its_share_of_the_error():
-    """The EDM-weighted loss is the plain squared error of the raw network's output against its own target, at every noise level."""
+    """The EDM-weighted loss is the squared error of the raw network's output against its own target, at every noise level."""
     x0, eps = gaussians(5, 1, 4, 4)
     sigma = torch.tensor([0.002, 0.1, 0.5, 3.0, 80.0], dtype=torch.float64)
     denoiser = Denoiser(lambda x, c_noise, cond: torch.tanh(x), EDM(), "edm")
@@ -164,7 +165,7 @@ def test_network_is_its_share_of_the_error():
     total = (s**2 + 0.25).sqrt()
     target = (x0 - 0.25 / total**2 * x_t) * total / (s * 0.5)
     error = (torch.tanh(x_t / total) - target).square().flatten(1).mean(1)
-    torch.testing.assert_close(denoising_loss(denoiser(x_t, sigma), x0, edm_weight(sigma, 0.5)), error, rtol=1e-9, atol=0)
+    assert_close(denoising_loss(denoiser(x_t, sigma), x0, edm_weight(sigma, 0.5)), error, rtol=1e-9, atol=0)
 
 
 def test_one_time_for_the_batch():
@@ -191,8 +192,9 @@ def test_edm_wants_its_schedule(schedule):
 
 
 def score_model():
-    denoiser = Denoiser(tiny_unet(), EDM(), "edm", LogVar())
-    return ScoreModel(denoiser, DiscriminatorHead(denoiser.backbone.feature_channels, denoiser.backbone.feature_resolution)).eval()
+    net = tiny_unet()
+    disc = DiscriminatorHead(net.feature_channels, net.feature_resolution)
+    return ScoreModel(Denoiser(net, EDM(), "edm", LogVar()), disc).eval()
 
 
 def count_calls(modules):

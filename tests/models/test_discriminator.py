@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
 from models.discriminator import DiscriminatorHead
 
@@ -28,7 +29,7 @@ def test_sees_every_feature(resolution):
 def test_samples_are_independent(resolution):
     """A sample's logit is that of the sample alone, whatever shares its batch."""
     disc, x = head(32, resolution), torch.randn(3, 32, resolution, resolution)
-    torch.testing.assert_close(disc(x), torch.cat([disc(sample[None]) for sample in x]), rtol=1e-4, atol=1e-5)
+    assert_close(disc(x), torch.cat([disc(sample[None]) for sample in x]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [16, 32, 64, 128, 768])

@@ -8,14 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing import assert_close
 
 from models.denoiser import Denoiser
-from models.edm2_unet import (Block, EDM2UNet, LogVar, MPConv, MPFourier, from_nvlabs, mp_cat, mp_silu, mp_sum, normalize, resample,
-                              unit_norm_weights)
+from models.edm2_unet import Block, EDM2UNet, LogVar, MPConv, MPFourier, from_nvlabs, mp_cat, mp_silu, mp_sum
+from models.edm2_unet import normalize, resample, unit_norm_weights
 from models.schedules import EDM
 
-TINY = dict(img_resolution=8, img_channels=2, label_dim=3, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
-            channels_per_head=8)
+TINY = dict(img_resolution=8, img_channels=2, label_dim=3, model_channels=8, channel_mult=[1, 2], num_blocks=1,
+            attn_resolutions=[4], channels_per_head=8)
+SIZES = {"XXS": (64, 31.31), "XS": (128, 124.71), "S": (192, 280.21), "M": (256, 497.81)}
 
 
 def awake(module):
@@ -41,7 +43,7 @@ def rms(x, *dims):
     return x.square().mean(dims).sqrt() if dims else x.square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("channels, millions", [(64, 31.31), (128, 124.71), (192, 280.21), (256, 497.81)], ids=["XXS", "XS", "S", "M"])
+@pytest.mark.parametrize("channels, millions", SIZES.values(), ids=SIZES)
 def test_parameter_counts(channels, millions):
     """The published networks for 512x512 latents have the published numbers of parameters."""
     with torch.device("meta"):
@@ -61,7 +63,7 @@ def test_normalize(dims):
     x = 3 * torch.randn(4, 5, 2, 3, dtype=torch.float64)
     x[0] = 0
     expected = x / (1e-4 + x.square().mean(dims or (1, 2, 3), keepdim=True).sqrt())
-    torch.testing.assert_close(normalize(x, dims), expected, rtol=1e-12, atol=0)
+    assert_close(normalize(x, dims), expected, rtol=1e-12, atol=0)
     assert normalize(x.bfloat16(), dims).dtype == torch.bfloat16
 
 
@@ -74,13 +76,13 @@ def test_sum_and_concatenation_keep_unit_magnitude(t):
     assert rms(joined) == pytest.approx(1, abs=0.02)
     power = joined[:, :40].square().sum() / joined.square().sum()
     assert power.item() == pytest.approx((1 - t) ** 2 / ((1 - t) ** 2 + t**2), abs=0.01)
-    torch.testing.assert_close(F.cosine_similarity(joined[:, 40:].flatten(), b.flatten(), dim=0).item(), float(t > 0), rtol=0, atol=1e-9)
+    assert F.cosine_similarity(joined[:, 40:].flatten(), b.flatten(), dim=0).item() == pytest.approx(float(t > 0), abs=1e-9)
 
 
 def test_sum_formula():
     """mp_sum is ((1 - t) a + t b) / sqrt((1 - t)^2 + t^2)."""
     a, b = torch.randn(2, 10, dtype=torch.float64)
-    torch.testing.assert_close(mp_sum(a, b, 0.3), (0.7 * a + 0.3 * b) / sqrt(0.58), rtol=1e-12, atol=1e-15)
+    assert_close(mp_sum(a, b, 0.3), (0.7 * a + 0.3 * b) / sqrt(0.58), rtol=1e-12, atol=1e-15)
 
 
 def test_silu_keeps_unit_magnitude():
@@ -99,7 +101,7 @@ def test_fourier_features_have_unit_magnitude(bandwidth):
     y = fourier(x)
     assert (rms(y, 1) - 1).abs().max() < 0.02 and y.mean(1).abs().max() < 0.05
     assert fourier.freqs.std().item() == pytest.approx(2 * math.pi * bandwidth, rel=0.03)
-    torch.testing.assert_close(y[1], sqrt(2) * fourier.phases.cos().double(), rtol=0, atol=1e-6)
+    assert_close(y[1], sqrt(2) * fourier.phases.cos().double(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kernel", [(), (1, 1), (3, 3)])
@@ -116,7 +118,7 @@ def test_layer_keeps_unit_magnitude(kernel):
 
 @pytest.mark.parametrize("attention", [False, True])
 def test_blocks_keep_unit_magnitude(attention):
-    """At initialization no block of the network lets the magnitude of its activations drift, but for the averaging of attention."""
+    """At initialization no block lets the magnitude of its activations drift, but for the averaging of attention."""
     torch.manual_seed(0)
     net = EDM2UNet(16, 3, 10, model_channels=64, channel_mult=(1, 2), num_blocks=2, attn_resolutions=(16, 8) if attention else (),
                    channels_per_head=64 if attention else 1000)
@@ -144,12 +146,12 @@ def test_output_ignores_the_scale_of_weights():
     for name in unit_norm_weights(net):
         weight = net.get_parameter(name).data
         weight *= torch.logspace(-1, 2, len(weight), dtype=weight.dtype).reshape(-1, *[1] * (weight.ndim - 1))
-    torch.testing.assert_close(net(*x), before, rtol=1e-5, atol=1e-6)
+    assert_close(net(*x), before, rtol=1e-5, atol=1e-6)
     standard = tiny()
     expected = standard(*x)
     for name in unit_norm_weights(standard):
         standard.get_parameter(name).data *= 10
-    torch.testing.assert_close(standard(*x), expected, rtol=0, atol=3e-3)
+    assert_close(standard(*x), expected, rtol=0, atol=3e-3)
 
 
 def test_gradient_is_orthogonal_to_weights():
@@ -196,7 +198,7 @@ def filtered(x, mode, taps):
 def test_resampling(mode, taps):
     """Resampling is the separable filter of its definition, at unit gain when halving and two per axis when doubling."""
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
-    torch.testing.assert_close(resample(x, mode, taps), torch.tensor(filtered(x.numpy(), mode, taps)), rtol=1e-6, atol=1e-7)
+    assert_close(resample(x, mode, taps), torch.tensor(filtered(x.numpy(), mode, taps)), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("mode", ["down", "up"])
@@ -226,7 +228,7 @@ def test_samples_are_independent():
     x[1:] = torch.randn_like(x[1:])
     after = net(x, torch.tensor([c_noise[0], 0.3, 0.4]), {"labels": torch.tensor([cond["labels"][0], 2, 2])})
     assert torch.equal(before[0], after[0]) and (before[1:] - after[1:]).abs().amax((1, 2, 3)).min() > 1e-3
-    torch.testing.assert_close(net(x[:1], c_noise[:1], {"labels": cond["labels"][:1]}), before[:1], rtol=1e-9, atol=1e-12)
+    assert_close(net(x[:1], c_noise[:1], {"labels": cond["labels"][:1]}), before[:1], rtol=1e-9, atol=1e-12)
 
 
 def test_every_parameter_counts():
@@ -292,18 +294,21 @@ def hand_attention(block, x, heads):
 
 
 def test_attention_formula():
-    """Attention equals its formula worked out by hand: q, k, v interleaved innermost, each of unit magnitude over a head's channels."""
+    """Attention is its formula worked out by hand: q, k, v interleaved innermost, each of unit magnitude over a head."""
     torch.manual_seed(0)
     block = Block(8, 8, 4, attention=True, channels_per_head=4).double()
     x = torch.randn(2, 8, 3, 3, dtype=torch.float64)
-    torch.testing.assert_close(block.attention(x).detach().numpy(), hand_attention(block, x.numpy(), heads=2), rtol=1e-9, atol=1e-12)
+    assert_close(block.attention(x).detach().numpy(), hand_attention(block, x.numpy(), heads=2), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("flavor, mode, clip", [("enc", "keep", 256), ("enc", "down", 256), ("dec", "keep", 0.8), ("dec", "up", None)])
+@pytest.mark.parametrize("flavor, mode, clip", [
+    ("enc", "keep", 256), ("enc", "down", 256), ("dec", "keep", 0.8), ("dec", "up", None),
+])
 def test_block_formula(flavor, mode, clip):
-    """A block equals its formula worked out by hand, in the encoder's order (skip, pixel norm, branch) and the decoder's (branch, skip)."""
+    """A block is its formula worked out by hand, in the encoder's order (skip, norm, branch) and the decoder's (branch, skip)."""
     torch.manual_seed(0)
-    block = awake(Block(6, 8, 5, flavor, mode, attention=True, channels_per_head=4, clip_act=clip, res_balance=0.2, attn_balance=0.4)).double()
+    settings = dict(attention=True, channels_per_head=4, clip_act=clip, res_balance=0.2, attn_balance=0.4)
+    block = awake(Block(6, 8, 5, flavor, mode, **settings)).double()
     x, emb = torch.randn(2, 6, 4, 4, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
     found = block(x, emb).detach()
 
@@ -327,7 +332,7 @@ def test_block_formula(flavor, mode, clip):
     x = (0.8 * x + 0.2 * y) / sqrt(0.8**2 + 0.2**2)
     x = (0.6 * x + 0.4 * hand_attention(block, x, heads=2)) / sqrt(0.6**2 + 0.4**2)
     x = x if clip is None else np.clip(x, -clip, clip)
-    torch.testing.assert_close(found.numpy(), x, rtol=1e-9, atol=1e-12)
+    assert_close(found.numpy(), x, rtol=1e-9, atol=1e-12)
 
 
 def test_embedding_formula():
@@ -337,7 +342,7 @@ def test_embedding_formula():
     features = sqrt(2) * np.cos(np.outer(c_noise, net.emb_fourier.freqs) + net.emb_fourier.phases.numpy())
     emb = (0.7 * hand_layer(net.emb_noise, features) + 0.3 * hand_layer(net.emb_label, onehot * sqrt(3))) / sqrt(0.58)
     expected = emb / (1 + np.exp(-emb)) / 0.596
-    torch.testing.assert_close(net.embedding(c_noise, cond).detach().numpy(), expected, rtol=1e-7, atol=1e-9)
+    assert_close(net.embedding(c_noise, cond).detach().numpy(), expected, rtol=1e-7, atol=1e-9)
 
 
 def test_network_wiring():
@@ -352,7 +357,7 @@ def test_network_wiring():
     y = d["4x4_block1"](mp_cat(d["4x4_block0"](mp_cat(y, skip3, 0.3), emb), skip2, 0.3), emb)
     y = d["8x8_block0"](mp_cat(d["8x8_up"](y, emb), skip1, 0.3), emb)
     y = d["8x8_block1"](mp_cat(y, skip0, 0.3), emb)
-    torch.testing.assert_close(net(x, c_noise, cond), 0.75 * net.out_conv(y), rtol=1e-9, atol=1e-12)
+    assert_close(net(x, c_noise, cond), 0.75 * net.out_conv(y), rtol=1e-9, atol=1e-12)
 
 
 def test_dropout_only_in_training():
@@ -384,7 +389,7 @@ def test_logvar():
     features = logvar.fourier(c_noise)
     weight = logvar.linear.weight[0]
     expected = features @ weight / weight.square().mean().sqrt() / 4
-    torch.testing.assert_close(logvar(c_noise), expected, rtol=1e-3, atol=1e-3)
+    assert_close(logvar(c_noise), expected, rtol=1e-3, atol=1e-3)
     assert logvar.bfloat16()(c_noise).dtype == torch.float32
 
 
@@ -400,7 +405,7 @@ def snapshot():
 
 
 def test_public_snapshot_round_trip():
-    """A network read from a snapshot under its public names gives the output and the log-variance of its origin bit for bit, frozen."""
+    """A network read from a snapshot under its public names, frozen, gives its origin's output and log-variance bit for bit."""
     denoiser, tensors, config = snapshot()
     assert all(tensors[key].ndim == 0 for key in tensors if key.endswith("gain"))
     found = from_nvlabs(config, tensors)
@@ -417,12 +422,14 @@ def test_public_names():
     attention, skip = {"attn_qkv.weight", "attn_proj.weight"}, {"conv_skip.weight"}
     blocks = {
         "enc.8x8_block0": block, "enc.4x4_down": block, "enc.4x4_block0": block | attention | skip,
-        "dec.4x4_in0": block | attention, "dec.4x4_in1": block, "dec.4x4_block0": block | attention | skip,
-        "dec.4x4_block1": block | attention | skip, "dec.8x8_up": block, "dec.8x8_block0": block | skip, "dec.8x8_block1": block | skip,
+        "dec.4x4_in0": block | attention, "dec.4x4_in1": block,
+        "dec.4x4_block0": block | attention | skip, "dec.4x4_block1": block | attention | skip,
+        "dec.8x8_up": block, "dec.8x8_block0": block | skip, "dec.8x8_block1": block | skip,
     }
     expected = {f"unet.{name}.{part}" for name, parts in blocks.items() for part in parts}
-    expected |= {"unet.out_gain", "unet.out_conv.weight", "unet.enc.8x8_conv.weight", "unet.emb_noise.weight", "unet.emb_label.weight",
-                 "unet.emb_fourier.freqs", "unet.emb_fourier.phases", "logvar_fourier.freqs", "logvar_fourier.phases", "logvar_linear.weight"}
+    expected |= {"unet.out_gain", "unet.out_conv.weight", "unet.enc.8x8_conv.weight", "unet.emb_noise.weight",
+                 "unet.emb_label.weight", "unet.emb_fourier.freqs", "unet.emb_fourier.phases",
+                 "logvar_fourier.freqs", "logvar_fourier.phases", "logvar_linear.weight"}
     assert tensors.keys() == expected
 
 

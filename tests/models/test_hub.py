@@ -20,7 +20,8 @@ SCHEDULES = {"edm": (EDM(0.01, 50.0, 5.0, 0.75), "edm"), "cosine": (CosineVP(20.
 
 def tiny(schedule=EDM(), prediction="edm", logvar=True):
     torch.manual_seed(0)
-    net = EDM2UNet(8, 1, 3, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8, clip_act=None)
+    net = EDM2UNet(8, 1, 3, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8,
+                   clip_act=None)
     denoiser = Denoiser(net, schedule, prediction, LogVar(16) if logvar else None)
     for name, p in denoiser.named_parameters():
         if name.endswith("gain"):
@@ -100,7 +101,7 @@ def test_missing_model(tmp_path, missing):
     assert str(tmp_path / "run") in refusal(tmp_path / "run")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b"{}", b'{"backbone": "EDM2UNet"}', b"\xff\xfe\x00"], ids=repr)
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b"{}", b'{"backbone": "EDM2UNet"}', b"\xff\xfe"], ids=repr)
 def test_broken_description(tmp_path, content):
     """A config.json that is not JSON, not text or not a model's description is refused by its path."""
     save(tmp_path)
@@ -126,8 +127,9 @@ def test_unknown_type(tmp_path, part):
 
 
 @pytest.mark.parametrize("changes", [
-    {"backbone": {**hub.describe(tiny())["backbone"], "depth": 3}}, {"backbone": {"type": "EDM2UNet"}}, {"schedule": {"type": "EDM", "sigma": 3}},
-    {"logvar": {"width": 3}}, {"prediction": "epsilon"}, {"schedule": {"type": "Flow"}},
+    {"backbone": {**hub.describe(tiny())["backbone"], "depth": 3}}, {"backbone": {"type": "EDM2UNet"}},
+    {"schedule": {"type": "EDM", "sigma": 3}}, {"logvar": {"width": 3}}, {"prediction": "epsilon"},
+    {"schedule": {"type": "Flow"}},
 ], ids=["unknown-argument", "missing-argument", "schedule-argument", "logvar-argument", "prediction", "edm-on-flow"])
 def test_description_of_nothing_that_can_be_built(tmp_path, changes):
     """A description from which no network can be built is refused."""
@@ -145,7 +147,8 @@ def test_truncated_weights(tmp_path, share):
 
 
 @pytest.mark.parametrize("name, damage", [
-    ("backbone.out_gain", lambda tensors: tensors.pop("backbone.out_gain")), ("surplus", lambda tensors: tensors.update(surplus=torch.ones(1))),
+    ("backbone.out_gain", lambda tensors: tensors.pop("backbone.out_gain")),
+    ("surplus", lambda tensors: tensors.update(surplus=torch.ones(1))),
     ("backbone.out_gain", lambda tensors: tensors.update({"backbone.out_gain": torch.ones(2)})),
 ], ids=["missing", "extra", "shape"])
 def test_weights_of_another_network(tmp_path, name, damage):
@@ -168,8 +171,9 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("write", [lambda bomb, file: file.write_bytes(pickle.dumps(bomb)), lambda bomb, file: torch.save({"w": bomb}, file)],
-                         ids=["pickle", "torch"])
+@pytest.mark.parametrize("write", [
+    lambda bomb, file: file.write_bytes(pickle.dumps(bomb)), lambda bomb, file: torch.save({"w": bomb}, file),
+], ids=["pickle", "torch"])
 def test_nothing_is_unpickled(tmp_path, write):
     """Weights that are really a pickle are refused, and no code in them runs."""
     save(tmp_path)

@@ -42,7 +42,8 @@ def test_neighbours_draws_change_nothing():
 def test_everything_else_changes_them():
     """Another seed, stream, sample or draw gives other numbers."""
     noise = Noise(1, 2, [3, 4])
-    rows = [*noise.normal(8), *noise.normal(8), Noise(2, 2, [3]).normal(8)[0], Noise(1, 3, [3]).normal(8)[0], Noise(2, 1, [3]).normal(8)[0]]
+    others = [Noise(seed, stream, [3]).normal(8)[0] for seed, stream in ((2, 2), (1, 3), (2, 1))]
+    rows = [*noise.normal(8), *noise.normal(8), *others]
     assert all((a - b).abs().max() > 0.1 for a, b in itertools.combinations(rows, 2))
 
 
@@ -70,9 +71,16 @@ def test_streams_are_uncorrelated(other):
     assert abs((a * b).mean()) < 4 / math.sqrt(a.numel())
 
 
+def test_uniform_ends(monkeypatch):
+    """Uniform numbers lie in [0, 1): 0 can be drawn, and the largest hash there is stays below 1 in float32."""
+    monkeypatch.setattr(Noise, "_keys", lambda self: [0, 2**64 - 1])
+    low, high = Noise(0, 0, range(2)).uniform()
+    assert low == 0 and 0.9999999 < high < 1
+
+
 def test_uniform():
-    """Uniform numbers lie in [0, 1), with mean 1/2 and an even share in each tenth, within 4 standard errors."""
+    """Uniform numbers have mean 1/2 and an even share in each tenth, within 4 standard errors."""
     u = Noise(0, 0, range(20_000)).uniform()
-    assert u.dtype == torch.float32 and u.min() >= 0 and u.max() < 1
+    assert u.dtype == torch.float32
     assert abs(u.double().mean() - 0.5) < 4 / math.sqrt(12 * len(u))
     assert (torch.histc(u, 10, 0, 1) - 2000).abs().max() < 4 * math.sqrt(20_000 * 0.09)

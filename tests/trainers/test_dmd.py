@@ -35,7 +35,8 @@ def trainer(teacher, tmp_path, **settings) -> DMD:
 def batch(made, start=0, n=8) -> Batch:
     rows = list(range(start, start + n))
     device = made.cluster.device
-    return Batch(made.images.images(rows).to(device), {"labels": made.images.labels_of(rows).to(device)}, Noise(0, 0, rows, device))
+    images, labels = made.images.take(rows)
+    return Batch(images.to(device), {"labels": labels.to(device)}, Noise(0, 0, rows, device))
 
 
 def steps(made, count):

@@ -37,7 +37,7 @@ def test_width_out_of_range_is_refused(sigma_rel):
 
 @pytest.mark.parametrize("r", [0.999, 1.0, 1.001])
 def test_constant_decay_of_a_geometric_series(r):
-    """Past its ramp the half-life profile of r^k is (1 - beta) r (r^k - beta^k) / (r - beta) + beta^k; a constant stays a constant."""
+    """Past its ramp the half-life profile of r^k is (1 - beta) r (r^k - beta^k) / (r - beta) + beta^k; of a constant, that."""
     batch, halflife, start = 100, 5000, 10_000_000
     beta = 0.5 ** (batch / halflife)
     average = 1.0

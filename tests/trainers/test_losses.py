@@ -1,4 +1,4 @@
-"""Losses against closed forms. Expectations over Gaussians are quadratures, exact to rounding, except where a docstring says "sampled"."""
+"""Losses against closed forms. Expectations over Gaussians are quadratures, exact to rounding, unless a test says "sampled"."""
 
 import math
 
@@ -10,8 +10,8 @@ from torch.autograd.functional import hessian, jacobian
 from models.denoiser import Denoiser
 from models.edm2_unet import EDM2UNet
 from models.schedules import EDM
-from trainers.losses import (denoising_loss, dmd_gradient, dmd_loss, edm2_loss, edm_weight, gan_discriminator_loss, gan_generator_loss, per_sample,
-                             regression_loss)
+from trainers.losses import (denoising_loss, dmd_gradient, dmd_loss, edm2_loss, edm_weight, gan_discriminator_loss,
+                             gan_generator_loss, per_sample, regression_loss)
 
 LEVELS = [(math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)) for t in (0.1, 0.3, 0.5, 0.7, 0.9)]
 MEAN = torch.tensor([0.3, -0.7], dtype=torch.float64)
@@ -64,9 +64,10 @@ def descend(A, b, objective, steps=150, lr=0.3):
 
 @pytest.mark.parametrize("sigma", [0.002, 0.1, 0.5, 3.0, 80.0])
 def test_untrained_edm2_network_has_loss_one_at_every_noise_level(sigma):
-    """Sampled: a zero-output network is the best linear denoiser of N(0, sigma_data^2), and its loss with u = 0 is 1 within 4 SE."""
+    """Sampled: a zero-output network is the best denoiser of N(0, sigma_data^2), and its loss with u = 0 is 1 within 4 SE."""
     torch.manual_seed(0)
-    denoiser = Denoiser(EDM2UNet(4, 1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), channels_per_head=8), EDM(), "edm")
+    unet = EDM2UNet(4, 1, model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), channels_per_head=8)
+    denoiser = Denoiser(unet, EDM(), "edm")
     x0, sigmas = 0.5 * torch.randn(1024, 1, 4, 4), torch.full((1024,), sigma)
     with torch.no_grad():
         x0_pred = denoiser(x0 + sigma * torch.randn_like(x0), sigmas)
@@ -102,7 +103,8 @@ def test_snr_weight_makes_error_of_noise():
     alpha, sigma = torch.rand(2, 5, dtype=torch.float64) + 0.1
     a, s = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
     eps_pred = (a * x0 + s * eps - a * x0_pred) / s
-    torch.testing.assert_close(denoising_loss(x0_pred, x0, (alpha / sigma) ** 2), per_sample((eps_pred - eps).square()), rtol=1e-12, atol=0)
+    found = denoising_loss(x0_pred, x0, (alpha / sigma) ** 2)
+    torch.testing.assert_close(found, per_sample((eps_pred - eps).square()), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("alpha, sigma", [(1.0, 0.5), (0.8, 0.6), (0.1, 0.99)])
@@ -208,7 +210,7 @@ def test_no_gradient_reaches_the_scores():
 
 
 def test_equal_distributions_give_no_gradient():
-    """Where fake and real scores agree every sample's gradient is exactly zero, even for a sample that its denoiser leaves as it is."""
+    """Where fake and real scores agree every sample's gradient is exactly zero, even where the denoisers change nothing."""
     torch.manual_seed(0)
     x, real = torch.randn(2, 3, 1, 4, 4)
     assert not dmd_gradient(x, real, real.clone()).any()
@@ -225,7 +227,7 @@ def test_generator_moves_towards_the_real_mean(shift):
 
 @pytest.mark.parametrize("alpha, sigma", LEVELS)
 def test_fake_score_regression_optimum(alpha, sigma):
-    """On generator samples N(b, a^2) the best linear x0 has slope alpha a^2 / (alpha^2 a^2 + sigma^2), and loss a^2 sigma^2 over the same."""
+    """On samples N(b, a^2) the best linear x0 has slope alpha a^2 / (alpha^2 a^2 + sigma^2), and loss a^2 sigma^2 over that."""
     a, b = 0.6, 0.4
     points, weights = gauss_hermite(2)
     x0 = a * points[:, :1] + b
