@@ -14,7 +14,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --progress-bar=auto --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
 clean:

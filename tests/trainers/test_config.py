@@ -77,6 +77,11 @@ def test_strings_arrive_as_they_are(recipe, text):
     assert edm2("--recipe", recipe({}), "--data.source", text).data.source == text
 
 
+def test_bare_date_is_a_string(recipe):
+    """A name that YAML takes for a date, such as that of a day's run, arrives as it was written."""
+    assert edm2("--recipe", recipe("out: 2026-11-20")).out == "2026-11-20"
+
+
 @pytest.mark.parametrize("path", sorted((HOUSE / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_loads_for_its_method(path, tmp_path):
     """A recipe of the house names its method, and passes that method's checks on one process."""
