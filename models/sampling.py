@@ -18,26 +18,35 @@ DRAW_STREAM = 1_000_000  # of random numbers, which training never touches
 
 
 class Guided:
-    """Guidance in one batched pass: x0 = uncond + w (cond - uncond), so w = 1 is none (Ho & Salimans 2021)."""
+    """Guidance: x0 = weak + w (strong - weak), so w = 1 is none.
 
-    def __init__(self, denoiser: Callable, guidance: float, uncond: dict | None = None):
-        self.denoiser, self.guidance, self.uncond, self.schedule = denoiser, guidance, uncond, denoiser.schedule
+    strong is the denoiser under its condition. weak is the same network under `uncond`, in one batched pass (classifier-free
+    guidance; Ho & Salimans 2021), or another network, `guide`, under the same condition: a smaller and less trained one
+    (autoguidance; Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself"), or an unconditional one.
+    """
+
+    def __init__(self, denoiser: Callable, guidance: float, uncond: dict | None = None, guide: Callable | None = None):
+        self.denoiser, self.guidance, self.uncond, self.guide, self.schedule = denoiser, guidance, uncond, guide, denoiser.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: dict | None) -> Tensor:
-        uncond = unconditional(cond) if self.uncond is None else self.uncond
         t = t.expand(x_t.shape[0])
-        x0_uncond, x0_cond = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), concatenate(uncond, cond)).chunk(2)
-        return x0_uncond + self.guidance * (x0_cond - x0_uncond)
+        if self.guide is not None:
+            weak, strong = self.guide(x_t, t, cond), self.denoiser(x_t, t, cond)
+        else:
+            uncond = unconditional(cond) if self.uncond is None else self.uncond
+            weak, strong = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), concatenate(uncond, cond)).chunk(2)
+        return weak + self.guidance * (strong - weak)
 
 
-def guided(denoiser: Callable, guidance: float = 1.0, uncond: dict | None = None) -> Callable:
-    return denoiser if guidance == 1.0 else Guided(denoiser, guidance, uncond)
+def guided(denoiser: Callable, guidance: float = 1.0, uncond: dict | None = None, guide: Callable | None = None) -> Callable:
+    return denoiser if guidance == 1.0 else Guided(denoiser, guidance, uncond, guide)
 
 
 @torch.no_grad()
-def ddim(denoiser, latents: Tensor, steps: int, cond: dict | None = None, guidance: float = 1.0, uncond: dict | None = None) -> Tensor:
+def ddim(denoiser, latents: Tensor, steps: int, cond: dict | None = None, guidance: float = 1.0, uncond: dict | None = None,
+         guide: Callable | None = None) -> Tensor:
     """Deterministic DDIM (Song et al. 2021): the Euler method of any (alpha, sigma), along the schedule's own grid."""
-    denoise, schedule = guided(denoiser, guidance, uncond), denoiser.schedule
+    denoise, schedule = guided(denoiser, guidance, uncond, guide), denoiser.schedule
     latents = at_least_float32(latents)
     times = schedule.grid(steps).to(latents)
     x = latents * schedule.noise_scale(times[0])
@@ -54,14 +63,14 @@ def ddim_step(schedule, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor
 
 @torch.no_grad()
 def heun(denoiser, latents: Tensor, steps: int, cond: dict | None = None, guidance: float = 1.0, uncond: dict | None = None,
-         sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+         sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, guide: Callable | None = None) -> Tensor:
     """Heun's second-order method without churn (Karras et al. 2022, algorithm 1): 2 * steps - 1 network calls.
 
     For denoisers on the EDM schedule. The last step, to sigma = 0, is Euler's.
     """
     if not isinstance(denoiser.schedule, EDM):
         raise ValueError(f"heun samples denoisers on the EDM schedule, not {type(denoiser.schedule).__name__}: use ddim")
-    denoise, latents = guided(denoiser, guidance, uncond), at_least_float32(latents)
+    denoise, latents = guided(denoiser, guidance, uncond, guide), at_least_float32(latents)
     times = EDM(sigma_min, sigma_max, rho).grid(steps).to(latents)
     x = latents * times[0]
     for i, (t, s) in enumerate(zip(times[:-1], times[1:])):
@@ -97,16 +106,17 @@ def few_step(generator, latents: Tensor, timesteps: Sequence[float], cond: dict 
     return x
 
 
-def sample(denoiser, sampler: dict, latents: list[Tensor], cond: dict | None = None) -> Tensor:
+def sample(denoiser, sampler: dict, latents: list[Tensor], cond: dict | None = None, **guidance) -> Tensor:
     """Images by a model's own sampler, as its config.json states it: {"type": "heun" | "ddim" | "few_step", **settings}.
 
-    latents: one tensor for each draw of noise that the sampler makes (`noise_draws`).
+    latents: one tensor for each draw of noise that the sampler makes (`noise_draws`). guidance: `guidance`, `uncond` and `guide`
+    of the many-step samplers.
     """
     settings = {key: value for key, value in sampler.items() if key != "type"}
     if sampler["type"] == "few_step":
         with torch.no_grad():
             return few_step(denoiser, latents[0], settings["timesteps"], cond, latents[1:])
-    return {"heun": heun, "ddim": ddim}[sampler["type"]](denoiser, latents[0], cond=cond, **settings)
+    return {"heun": heun, "ddim": ddim}[sampler["type"]](denoiser, latents[0], cond=cond, **settings, **guidance)
 
 
 def noise_draws(sampler: dict) -> int:
@@ -120,11 +130,11 @@ def network_calls(sampler: dict) -> int:
 
 
 def draw(denoiser, description: dict, numbers: range, batch: int, seed: int = 0, labels: Tensor | None = None,
-         progress: str | None = None) -> tuple[Tensor, Tensor | None]:
+         progress: str | None = None, **guidance) -> tuple[Tensor, Tensor | None]:
     """Images in [-1, 1] by a model's own sampler, on the host, with their labels.
 
     Image number i is the same for a seed, whatever is drawn with it. labels [len(numbers)]: None takes all classes in turn.
-    description: a model's config.json. progress: what a progress bar should say.
+    description: a model's config.json. progress: what a progress bar should say. guidance: as in `sample`.
     """
     device = next(denoiser.parameters()).device
     shape = (description["channels"], description["resolution"], description["resolution"])
@@ -136,7 +146,7 @@ def draw(denoiser, description: dict, numbers: range, batch: int, seed: int = 0,
         noise = Noise(seed, DRAW_STREAM, numbers[i:i + batch], device)
         latents = [noise.normal(*shape) for _ in range(noise_draws(description["sampler"]))]
         cond = class_labels(None if labels is None else labels[i:i + batch].to(device))
-        parts.append(sample(denoiser, description["sampler"], latents, cond).clamp(-1, 1).cpu())
+        parts.append(sample(denoiser, description["sampler"], latents, cond, **guidance).clamp(-1, 1).cpu())
         bar.update(len(parts[-1]))
     bar.close()
     return torch.cat(parts), labels

@@ -7,6 +7,7 @@ float64; tensors are at least float32, and stay float64 if they come so.
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -24,22 +25,22 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
     return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim)) if coefficient.ndim else coefficient
 
 
-class Schedule:
+class Schedule(ABC):
     """A noise schedule. A new one defines `t_max`, `alpha_sigma`, `time` and `config`, and may redefine the rest."""
 
     t_max: float
 
+    @abstractmethod
     def alpha_sigma(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         """Times [B] -> (alpha_t [B], sigma_t [B])."""
-        raise NotImplementedError(f"{type(self).__name__} has no alpha_sigma")
 
+    @abstractmethod
     def time(self, u: Tensor | float) -> Tensor:
         """Quantile u in [0, 1] -> time. u = 1 is t_max; uniform u samples the schedule's own density of times."""
-        raise NotImplementedError(f"{type(self).__name__} has no time")
 
+    @abstractmethod
     def config(self) -> dict:
         """The constructor's arguments, JSON-ready."""
-        raise NotImplementedError(f"{type(self).__name__} has no config")
 
     def grid(self, n: int) -> Tensor:
         """n + 1 times, float64, from t_max down to 0. Contains t_max ("trailing" spacing)."""

@@ -34,8 +34,8 @@ def tiny_denoiser(seed: int = 0, **network) -> Denoiser:
     return denoiser
 
 
-def save_teacher(folder: Path, denoiser: Denoiser) -> Path:
-    hub.save(folder / "model", {**hub.describe(denoiser), "sampler": {"type": "heun", "steps": 3}}, denoiser.state_dict())
+def save_teacher(folder: Path, denoiser: Denoiser, unconditional: bool = True) -> Path:
+    hub.save(folder / "model", {**hub.describe(denoiser), "sampler": {"type": "heun", "steps": 3}, "unconditional": unconditional}, denoiser.state_dict())
     return folder
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,90 +12,16 @@ from jsonargparse import auto_cli
 
 from models import hub
 from models.sampling import draw, network_calls
-from trainers import pictures
-from trainers.config import HOUSE, ConfigError, DataConfig, require, writable
+from trainers import pictures, posthoc
+from trainers.config import ConfigError, DataConfig, require, writable
 from trainers.data import load_images
+from trainers.demo import demo
 from trainers.metrics import class_accuracy, frechet_distance, within_class_std
 from trainers.pairs import make_pairs
 
-COLUMNS = ("FD all", "FD held back", "class accuracy", "within-class std", "network calls", "images/s")
 
-
-def demo(out: str = "runs/demo", processes: int | None = None) -> None:
-    """Pretrain a teacher on real handwritten digits, distil it to one step, and show both. About five minutes on two CPU cores.
-
-    Args:
-        out: The folder to write to. What is there already is not done again.
-        processes: How many processes train; by default two on a CPU with two cores, else one.
-    """
-    writable(out)
-    started = time.time()
-    processes = processes or (1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
-    teacher, student = f"{out}/teacher", f"{out}/student"
-    _train("edm2", processes, "--out", teacher)
-    _train("dmd", processes, "--out", student, "--teacher", teacher)
-    torch.set_num_threads(os.cpu_count() or 1)
-    rows, shown = _measure_demo(teacher, student)
-    table = _table(rows)
-    Path(out, "results.md").write_text(table + "\n")
-    Path(out, "results.json").write_text(json.dumps(rows, indent=1))
-    pictures.grids(Path(out, "samples.png"), shown)
-    curve = [json.loads(line) for line in Path(student, "metrics.jsonl").read_text().splitlines()]
-    pictures.progress(Path(out, "progress.png"), [(r["images_seen"], r["fd"]) for r in curve if "fd" in r],
-                      {name: row["FD all"] for name, row in rows.items() if name.startswith(("teacher", "undistilled", "real"))})
-    print(f"\n{table}\n\nFD: Fréchet distance on pixels, 2,000 samples against all 1,797 digits, and against the 360 that no network saw.\n"
-          f"Class means alone reach 100 % accuracy: look at FD and at the std within a class too.\n"
-          f"{time.time() - started:.0f} s. Look at {out}/samples.png and {out}/progress.png; the student is in {student}/model.")
-
-
-def _train(method: str, processes: int, *arguments: str) -> None:
-    """A trainer, as its user would start it. Tiny networks want one thread a process."""
-    config = "1gpu" if torch.cuda.is_available() else "cpu_ddp" if processes > 1 else "cpu"
-    command = ["--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", str(processes), "--mixed_precision", "no",
-               "--main_process_port", "0", f"trainers/{method}.py", *(a if a.startswith("--") else os.path.abspath(a) for a in arguments)]
-    print(f"$ accelerate launch {' '.join(command)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *command], cwd=HOUSE, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
-    require(code == 0, f"trainers/{method}.py ended with exit code {code}")
-
-
-def _measure_demo(teacher: str, student: str) -> tuple[dict, dict]:
-    """-> ({model: {column: value}}, {model: images to show}), all from the same noise and classes."""
-    everything, held_back, train = (load_images(DataConfig(split=split)) for split in ("all", "test", "train"))
-    real = {name: data.images(range(len(data))) for name, data in (("all", everything), ("test", held_back), ("train", train))}
-    about_teacher, about_student = hub.description(teacher), hub.description(student)
-    undistilled = {**about_teacher, "sampler": about_student["sampler"]}
-    rows, shown = {}, {}
-    for name, path, about in (("teacher", teacher, about_teacher), ("undistilled, 1 step", teacher, undistilled), ("student, 1 step", student, about_student)):
-        denoiser = hub.load_denoiser(path)
-        began = time.time()
-        samples, labels = draw(denoiser, about, range(2000), 500, progress=f"sampling, {name}")
-        rows[name] = {**_row(samples, labels, real, train.labels), "network calls": network_calls(about["sampler"]), "images/s": 2000 / (time.time() - began)}
-        shown[name] = samples
-    rows["real, drawn from train"] = _row(*_resampled(train), real, train.labels)
-    return rows, shown
-
-
-def _resampled(train) -> tuple[torch.Tensor, torch.Tensor]:
-    """2,000 training digits drawn with replacement: the distance that a perfect memory of them would have."""
-    rows = torch.randint(len(train), (2000,), generator=torch.Generator().manual_seed(0))
-    return train.images(rows), train.labels[rows]
-
-
-def _row(samples, labels, real: dict, train_labels) -> dict:
-    return {"FD all": frechet_distance(samples, real["all"]), "FD held back": frechet_distance(samples, real["test"]),
-            "class accuracy": class_accuracy(samples, labels, real["train"], train_labels), "within-class std": within_class_std(samples, labels)}
-
-
-def _table(rows: dict) -> str:
-    """Markdown."""
-    lines = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1)]
-    for name, row in rows.items():
-        lines.append([name, *(f"{row[c]:.4g}" if c in row else "-" for c in COLUMNS)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
-
-
-def sample(model: str, out: str = "samples.png", seeds: str = "0-63", labels: list[int] | None = None, batch: int = 64) -> None:
+def sample(model: str, out: str = "samples.png", seeds: str = "0-63", labels: list[int] | None = None, batch: int = 64,
+           guidance: float = 1.0, guide: str | None = None) -> None:
     """Draw images from a run or a model's folder, and write them as a grid.
 
     Args:
@@ -105,6 +30,8 @@ def sample(model: str, out: str = "samples.png", seeds: str = "0-63", labels: li
         seeds: "0-63" or "3,7,9". A seed makes the same image whatever is drawn with it.
         labels: Classes, repeated over the seeds; by default all in turn.
         batch: Images drawn at a time.
+        guidance: Strength w of uncond + w (cond - uncond); 1 is none.
+        guide: A weaker model to guide away from (autoguidance); by default the model itself without labels.
     """
     numbers = _numbers(seeds)
     writable(str(Path(out).parent))
@@ -114,10 +41,26 @@ def sample(model: str, out: str = "samples.png", seeds: str = "0-63", labels: li
         require(about["classes"] > 0, f"labels is {labels}, and {model} has no classes")
         require(0 <= min(labels) and max(labels) < about["classes"], f"labels is {labels}, and {model} has classes 0 to {about['classes'] - 1}")
     chosen = torch.tensor([labels[i % len(labels)] for i in range(len(numbers))]) if labels else None
+    guiding = _guiding(model, about, guidance, guide, device)
     began = time.time()
-    images, _ = draw(hub.load_denoiser(model, device), about, numbers, batch, labels=chosen, progress="sampling")
+    images, _ = draw(hub.load_denoiser(model, device), about, numbers, batch, labels=chosen, progress="sampling", **guiding)
     print(f"{len(images)} images, {len(images) / (time.time() - began):.1f} images/s, {network_calls(about['sampler'])} network calls each: {out}")
     pictures.grid(Path(out), images)
+
+
+def _guiding(model: str, about: dict, guidance: float, guide: str | None, device: str) -> dict:
+    """The sampler's guidance settings. Raises ConfigError where there is nothing to guide with."""
+    if guidance == 1.0:
+        return {}
+    require(about["sampler"]["type"] != "few_step", f"guidance is {guidance}, and {model} is a few-step student: its teacher was guided, it is not")
+    require(guide is not None or about.get("unconditional", False),
+            f"guidance is {guidance}, and {model} was never trained without labels: name a weaker model with --guide")
+    if guide is None:
+        return {"guidance": guidance}
+    weaker = hub.description(guide)
+    for name in ("resolution", "channels"):
+        require(weaker[name] == about[name], f"guide {guide} has {name} {weaker[name]}, and {model} has {about[name]}: they must agree")
+    return {"guidance": guidance, "guide": hub.load_denoiser(guide, device)}
 
 
 def _numbers(seeds: str) -> list[int]:
@@ -137,17 +80,60 @@ def score(run: str, split: str = "all", samples: int = 2000, batch: int = 500) -
         samples: How many to draw, all classes in turn.
         batch: Images drawn at a time.
     """
-    file = Path(run) / "config.yaml"
-    require(file.is_file(), f"{run} is not a run's folder: it has no config.yaml")
-    data = yaml.safe_load(file.read_text())["config"]["data"]
-    reference = load_images(DataConfig(**{**data, "split": split}))
+    reference = _data_of(run, split)
     real = reference.images(range(len(reference)))
-    about = hub.description(run)
-    drawn, labels = draw(hub.load_denoiser(run), about, range(samples), batch, progress="sampling")
+    drawn, labels = draw(hub.load_denoiser(run), hub.description(run), range(samples), batch, progress="sampling")
     print(f"Fréchet distance on pixels {frechet_distance(drawn, real):.4f} ({samples} samples against {len(real)} images of split {split})")
     if labels is not None:
         print(f"class accuracy {class_accuracy(drawn, labels, real, reference.labels):.4f}, within-class std {within_class_std(drawn, labels):.4f} "
               f"(real {within_class_std(real, reference.labels):.4f})")
+
+
+def _data_of(run: str, split: str):
+    """The data that a run was trained on."""
+    file = Path(run) / "config.yaml"
+    require(file.is_file(), f"{run} is not a run's folder: it has no config.yaml")
+    data = yaml.safe_load(file.read_text())["config"]["data"]
+    return load_images(DataConfig(**{**data, "split": split}))
+
+
+def ema(run: str, out: str, sigma_rel: float, at: int | None = None) -> None:
+    """Make an average of another length than those that a run kept, from the ones that it stored (--loop.snapshot_every).
+
+    Args:
+        run: A run's folder.
+        out: The model's folder to write.
+        sigma_rel: The average's width, relative to the run's length.
+        at: Where it ends, in images seen; by default at the last stored average.
+    """
+    tensors = posthoc.reconstruct(run, sigma_rel, at)
+    writable(out)
+    hub.save(out, {**posthoc.description(run), "trained": {"run": run, "sigma_rel": sigma_rel, "at": at}}, tensors)
+    print(f"{out}: the average of sigma_rel {sigma_rel} of {run}")
+
+
+def sweep(run: str, sigma_rel: list[float] = [0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25], at: int | None = None,  # noqa: B006
+          split: str = "train", samples: int = 2000, batch: int = 500) -> None:
+    """Measure averages of many lengths of a run: RUN/sweep.json and RUN/sweep.png, Fréchet distance against sigma_rel.
+
+    Args:
+        run: A run's folder.
+        sigma_rel: The widths.
+        at: Where the averages end, in images seen; by default at the last stored one.
+        split: The part of the data to measure against.
+        samples: How many to draw for each, of the same noise.
+        batch: Images drawn at a time.
+    """
+    reference = _data_of(run, split)
+    real, about, curve = reference.images(range(min(len(reference), 50_000))), posthoc.description(run), []
+    denoiser = hub.build(about).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    for width in sigma_rel:
+        denoiser.load_state_dict(posthoc.reconstruct(run, width, at))
+        drawn, _ = draw(denoiser, about, range(samples), batch, progress=f"sigma_rel {width}")
+        curve.append((width, frechet_distance(drawn, real)))
+        print(f"sigma_rel {width:.3f}: Fréchet distance on pixels {curve[-1][1]:.4f}", flush=True)
+    Path(run, "sweep.json").write_text(json.dumps(curve))
+    pictures.curve(Path(run, "sweep.png"), curve, "sigma_rel of the average", f"Fréchet distance (pixels, {samples} samples)")
 
 
 def pairs(teacher: str, out: str, count: int = 10_000, seed: int = 0, batch: int = 500) -> None:
@@ -167,7 +153,7 @@ def pairs(teacher: str, out: str, count: int = 10_000, seed: int = 0, batch: int
 
 def main() -> None:
     try:
-        auto_cli([demo, sample, score, pairs], prog="fewstep", description=__doc__)
+        auto_cli([demo, sample, score, pairs, ema, sweep], prog="fewstep", description=__doc__)
     except (ConfigError, hub.ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

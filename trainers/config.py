@@ -49,6 +49,7 @@ class LoopConfig:
     log_every: int = 10_000
     save_every: int = 100_000  # 0: only at the end
     eval_every: int = 0  # 0: never
+    snapshot_every: int = 0  # of the averages, for `fewstep ema` to combine afterwards; 0: never
     keep: int = 2  # checkpoints that stay on disk
     max_refused: int = 10  # updates in a row that may be refused for a loss that is not finite
     tracker: str = "tensorboard"  # or another that accelerate knows
@@ -85,7 +86,7 @@ class RunConfig:
                 f"data.resolution is {self.data.resolution}, and must be a power of two")
         require(self.data.channels in (1, 3), f"data.channels is {self.data.channels}, and must be 1 or 3")
         for name, value in {"data.classes": self.data.classes, "data.workers": self.data.workers, "loop.save_every": self.loop.save_every,
-                            "loop.eval_every": self.loop.eval_every}.items():
+                            "loop.eval_every": self.loop.eval_every, "loop.snapshot_every": self.loop.snapshot_every}.items():
             require(value >= 0, f"{name} is {value}, and must not be below 0")
         require(self.data.fit in ("crop", "pad"), f"data.fit is {self.data.fit!r}, and must be crop or pad")
         require(self.loop.batch % world == 0,
@@ -159,10 +160,15 @@ def load_config(cls: type, argv: list[str], default_recipe: str, method: str):
         require(not argument.startswith("--") or key in known or key == "help", f"--{key} is unknown{_nearest(key, known)}")
     parser = _Parser(prog=f"trainers/{method}.py", description=cls.__doc__, exit_on_error=True)
     parser.add_class_arguments(cls, as_group=False)
-    from_recipe = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+    from_recipe = [f"--{key}={_argument(value)}" for key, value in given.items()]
     parsed = parser.parse_args([*from_recipe, *argv])
-    config = cls(**vars(parser.instantiate_classes(parsed)))
+    config = cls(**vars(parser.instantiate(parsed)))
     return dataclasses.replace(config, recipe=str(recipe))
+
+
+def _argument(value) -> str:
+    """A YAML value as it would be typed: text and dates bare, all else as JSON."""
+    return json.dumps(value) if value is None or isinstance(value, (bool, int, float, list, dict)) else str(value)
 
 
 def _option(argv: list[str], name: str) -> str | None:

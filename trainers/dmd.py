@@ -27,7 +27,7 @@ from trainers.engine import Engine
 from trainers.losses import (denoising_loss, dmd_gradient, dmd_loss, edm2_loss, edm_weight, gan_discriminator_loss, gan_generator_loss,
                              regression_loss)
 from trainers.optim import OptimConfig
-from trainers.pairs import Pairs
+from trainers.pairs import Pairs, weights_hash
 from trainers.perceptual import Lpips
 from trainers.teacher import PretrainConfig, check_teacher, find_teacher, load_teacher
 from trainers.trainer import Trainer, main
@@ -92,13 +92,14 @@ class DMD(Trainer):
         config = replace(config, teacher=find_teacher(config.teacher, config.pretrain))
         found = check_teacher(config.teacher, config.data)
         require(found["sampler"]["type"] != "few_step", f"teacher {config.teacher} is itself a few-step student: give the network it came from")
+        require(config.guidance == 1 or found.get("unconditional", False),
+                f"guidance is {config.guidance}, and teacher {config.teacher} was never trained without labels: set guidance to 1, or train it with label_dropout")
         low, high = 0, hub.SCHEDULES[found["schedule"]["type"]](**{k: v for k, v in found["schedule"].items() if k != "type"}).t_max
         require(all(low < t <= high for t in config.timesteps), f"timesteps is {config.timesteps}, and the teacher's schedule runs from {low} to {high:g}")
         require(config.fake_time == "uniform" or found["schedule"]["type"] == "EDM", "fake_time lognormal is a distribution of the EDM schedule's sigma: use uniform")
         if config.regression.weight:
             about = Pairs(config.regression.pairs, config.seed).about
-            for name in ("resolution", "channels", "classes"):
-                require(about[name] == found[name], f"regression.pairs {config.regression.pairs} has {name} {about[name]}, and the teacher {found[name]}")
+            require(about["weights"] == weights_hash(config.teacher), f"regression.pairs {config.regression.pairs} were made by another teacher than {config.teacher}")
         return config
 
     # -- the three networks

@@ -43,6 +43,7 @@ class Edm2Config(RunConfig):
     sigma_data: float = 0.5  # standard deviation of the data
     P_mean: float = -0.4  # ln sigma ~ N(P_mean, P_std^2)
     P_std: float = 1.0
+    label_dropout: float = 0.0  # share of samples trained without their label; above 0, the network can be guided by itself
     optimizer: OptimConfig = field(default_factory=lambda: OptimConfig(lr=0.01, betas=(0.9, 0.99), warmup_images=10_000_000, decay_after_images=143_360_000))
     ema: EmaConfig = field(default_factory=EmaConfig)
     sampling_steps: int = 32
@@ -54,6 +55,7 @@ class Edm2Config(RunConfig):
         self.ema.check()
         for name in ("sigma_data", "P_std", "sampling_steps"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, and must be above 0")
+        require(0 <= self.label_dropout < 1, f"label_dropout is {self.label_dropout}, and must lie in [0, 1)")
         smallest = self.data.resolution >> (len(self.network.channel_mult) - 1)
         require(smallest >= 1, f"network.channel_mult has {len(self.network.channel_mult)} levels, too many for resolution {self.data.resolution}")
         for level, mult in enumerate(self.network.channel_mult):
@@ -72,7 +74,8 @@ class EDM2(Trainer):
         torch.manual_seed(config.seed)  # the same weights on every rank
         unet = EDM2UNet(data.resolution, data.channels, data.classes, **asdict(config.network))
         denoiser = Denoiser(unet, EDM(sigma_data=config.sigma_data), "edm", LogVar())
-        self.description = {**hub.describe(denoiser), "sampler": {"type": "heun", "steps": config.sampling_steps}}
+        self.description = {**hub.describe(denoiser), "sampler": {"type": "heun", "steps": config.sampling_steps},
+                            "unconditional": config.label_dropout > 0}
         self.schedule = denoiser.schedule
         model = ScoreModel(denoiser)
         micro = config.micro_batch("optimizer", self.cluster.world, config.optimizer.accumulation)
@@ -89,9 +92,16 @@ class EDM2(Trainer):
         x0 = batch.images
         sigma = (self.config.P_mean + self.config.P_std * batch.noise.normal()).exp()
         x_t = self.schedule.add_noise(x0, batch.noise.normal(*x0.shape[1:]), sigma)
-        score = self.network(x_t, sigma, batch.cond)
+        score = self.network(x_t, sigma, self.labelled(batch))
         loss = edm2_loss(score.x0, x0, sigma, score.logvar, self.schedule.sigma_data).mean()
         return {"loss": loss * x0[0].numel(), "edm2_loss": loss}  # the paper's sum over pixels: Adam's eps sees the same gradients
+
+    def labelled(self, batch):
+        """The condition, without its label for the share of samples that learn to do without."""
+        if not (self.config.label_dropout and batch.cond):
+            return batch.cond
+        dropped = batch.noise.uniform() < self.config.label_dropout
+        return {"labels": batch.cond["labels"].masked_fill(dropped, -1)}
 
 
 if __name__ == "__main__":

@@ -31,8 +31,12 @@ def _identity(teacher: str, seed: int) -> dict:
     """What pairs depend on: the teacher's description and weights, its sampler, the seed."""
     found = hub.description(teacher)
     require(found["sampler"]["type"] != "few_step", f"teacher {teacher} is a few-step student: pairs come from a deterministic sampler")
-    weights = hashlib.blake2b((hub.model_folder(teacher) / "model.safetensors").read_bytes(), digest_size=16).hexdigest()
-    return {"seed": seed, "weights": weights, **{k: found[k] for k in ("resolution", "channels", "classes", "sampler")}}
+    return {"seed": seed, "weights": weights_hash(teacher), **{k: found[k] for k in ("resolution", "channels", "classes", "sampler")}}
+
+
+def weights_hash(teacher: str) -> str:
+    with (hub.model_folder(teacher) / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def make_pairs(teacher: str, out: str, count: int, seed: int = 0, batch: int = 500, device: torch.device | str = "cpu") -> None:

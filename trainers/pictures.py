@@ -51,3 +51,14 @@ def progress(path: Path, curve: list[tuple[int, float]], levels: dict[str, float
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def curve(path: Path, points: list[tuple[float, float]], x: str, y: str) -> None:
+    """One line with its points."""
+    figure, axis = plt.subplots(figsize=(6, 4))
+    axis.plot(*zip(*points), marker="o")
+    axis.set(xlabel=x, ylabel=y)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

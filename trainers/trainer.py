@@ -13,16 +13,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from models import hub
 from models.denoiser import Denoiser
 from models.sampling import draw
-from trainers import checkpoint
+from trainers import checkpoint, posthoc
 from trainers.config import ConfigError, RunConfig, check_same_run, load_config, write_config
 from trainers.data import Batch, ImageSet, batches, load_images
 from trainers.ema import ShardedEMA
-from trainers.engine import Cluster, Engine, LaunchError, Plan
+from trainers.engine import Cluster, Engine
+from trainers.launch import LaunchError, Plan
 from trainers.logs import Meter, RunLog
 from trainers.metrics import frechet_distance
 from trainers.optim import learning_rate
@@ -81,6 +83,8 @@ class Trainer(ABC):
 
     def fit(self) -> None:
         """Train to the end, from the latest good checkpoint if there is one, and write the result."""
+        if self.config.loop.eval_every:
+            _ = self.real_images  # what is wrong with them is said now, not at the first evaluation
         self.build()
         self._resume()
         self._listen()
@@ -103,7 +107,9 @@ class Trainer(ABC):
         while self.images_seen < stage.images:
             for engine, _ in self.engines.values():
                 engine.set_lr(learning_rate(engine.config, self.images_seen))
-            self.meter.add(self.step(next(stream)))
+            batch = next(stream)
+            torch.manual_seed(hash((self.config.seed, self.cluster.rank, self.images_seen)))  # dropout too goes on where it stopped
+            self.meter.add(self.step(batch))
             self.images_seen += loop.batch
             self.log.progress(self.images_seen)
             done = self.images_seen >= stage.images
@@ -113,6 +119,8 @@ class Trainer(ABC):
             if self._due(loop.eval_every) or done and loop.eval_every:
                 self.log.write(self.images_seen, {"fd": self.evaluate()})
                 clock, counted = time.time(), self.images_seen
+            if self._due(loop.snapshot_every):
+                posthoc.write(self.out, self.images_seen, self.description, self.engines[self.result][1], self.cluster)
             if done or self._due(loop.save_every):
                 self.save()
 
@@ -146,15 +154,8 @@ class Trainer(ABC):
         """The result as it stands: the average's weights in a network of its own. Every rank calls it."""
         _, ema = self.engines[self.result]
         denoiser = hub.build(self.description)
-        denoiser.load_state_dict(self._result_tensors(ema))
+        denoiser.load_state_dict(posthoc.denoiser_tensors(ema.gather()))
         return denoiser.to(self.cluster.device).eval().requires_grad_(False)
-
-    @staticmethod
-    def _result_tensors(ema: ShardedEMA) -> dict[str, Tensor]:
-        """The denoiser's tensors, whether the engine trains it bare or inside a larger module."""
-        tensors = ema.gather()
-        inside = any(name.startswith("denoiser.") for name in tensors)
-        return {n.removeprefix("denoiser."): t for n, t in tensors.items() if not inside or n.startswith("denoiser.")}
 
     def evaluate(self) -> float:
         """Fréchet distance of the average's samples to real images, on pixels. Training is left as it was."""
@@ -184,7 +185,7 @@ class Trainer(ABC):
 
     def export(self) -> None:
         """OUT/model: the result, for `load_denoiser` and `fewstep sample`."""
-        tensors = self._result_tensors(self.engines[self.result][1])
+        tensors = posthoc.denoiser_tensors(self.engines[self.result][1].gather())
         if self.cluster.is_main:
             trained = {"method": self.method, "images": self.images_seen, "seed": self.config.seed, "teacher": self.config.teacher}
             hub.save(self.out / "model", {**self.description, "trained": trained}, tensors)

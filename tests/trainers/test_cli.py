@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from conftest import launch, run
-from trainers import cli, pictures
+from trainers import demo as demonstration
+from trainers import pictures
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +23,13 @@ def demo(tmp_path_factory):
 
 def test_a_short_distillation_beats_the_undistilled_network_by_far(demo):
     """One step of the student's average is several times nearer to real digits than one step of its teacher, and as varied as they are."""
-    rows, shown = cli._measure_demo(f"{demo}/teacher", f"{demo}/student")
+    rows, shown = demonstration.measure(f"{demo}/teacher", f"{demo}/student")
     teacher, undistilled, student = (rows[name] for name in ("teacher", "undistilled, 1 step", "student, 1 step"))
     assert undistilled["FD all"] > 3 and teacher["FD all"] < 0.4
     assert student["FD all"] < 0.6 and student["FD held back"] < undistilled["FD held back"] / 5
     assert student["class accuracy"] > 0.9 and student["within-class std"] > 2 * undistilled["within-class std"]
     assert (teacher["network calls"], student["network calls"]) == (35, 1) and rows["real, drawn from train"]["FD all"] < 0.12
-    table = cli._table(rows)
+    table = demonstration.table(rows)
     assert table.count("\n") == 5 and all(name in table for name in rows)
     pictures.grids(demo / "samples.png", shown)
     assert (demo / "samples.png").stat().st_size > 10_000

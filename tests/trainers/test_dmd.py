@@ -12,7 +12,8 @@ from models.sampling import few_step
 from trainers.config import ConfigError
 from trainers.data import Batch, load_images
 from trainers.dmd import DMD, DmdConfig, RegressionConfig
-from trainers.engine import Cluster, Plan
+from trainers.engine import Cluster
+from trainers.launch import Plan
 from trainers.losses import dmd_gradient, dmd_loss
 from trainers.optim import OptimConfig
 from trainers.pairs import make_pairs
@@ -209,6 +210,14 @@ def test_regression_matches_the_teachers_image_for_the_same_noise_and_label(tiny
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
 
 
+def test_pairs_of_another_teacher_are_refused(tiny_teacher, tmp_path):
+    """Even where sizes agree: the pairs' own teacher is known by its weights."""
+    other = save_teacher(tmp_path / "other", tiny_denoiser(seed=1))
+    make_pairs(str(other), str(tmp_path / "pairs"), 8)
+    with pytest.raises(ConfigError, match="were made by another teacher"):
+        trainer(tiny_teacher, tmp_path, regression=RegressionConfig(weight=1.0, pairs=str(tmp_path / "pairs"), distance="l2"))
+
+
 # --- what is refused
 
 
@@ -218,10 +227,13 @@ def test_regression_matches_the_teachers_image_for_the_same_noise_and_label(tiny
     (dict(fake_updates=0), "fake_updates is 0"),
     (dict(score_range=(0.9, 0.1)), "score_range"),
     (dict(regression=RegressionConfig(weight=0.25)), "regression.pairs names no folder"),
+    (dict(guidance=2.0, teacher="UNGUIDED"), "was never trained without labels"),
     (dict(teacher="/nowhere"), "/nowhere: there is no model there"),
 ])
 def test_what_cannot_work_is_one_sentence(tiny_teacher, tmp_path, settings, said):
     """Each is refused before any network is built, and names its field."""
+    if settings.get("teacher") == "UNGUIDED":
+        settings = {**settings, "teacher": str(save_teacher(tmp_path / "t", tiny_denoiser(), unconditional=False))}
     config = replace(DmdConfig(teacher=str(tiny_teacher), out=str(tmp_path / "run")), **settings)
     with pytest.raises((ConfigError, hub.ModelError), match=said) as error:
         config.check(1)

@@ -10,7 +10,8 @@ from conftest import tiny_denoiser
 from models.denoiser import ScoreModel
 from models.edm2_unet import EPS, unit_norm_weights
 from trainers.ema import EmaConfig, ShardedEMA
-from trainers.engine import Cluster, Engine, LaunchError, Plan, _row_pieces
+from trainers.engine import Cluster, Engine, _row_pieces
+from trainers.launch import LaunchError, Plan
 from trainers.optim import OptimConfig, build_optimizer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
