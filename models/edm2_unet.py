@@ -23,7 +23,7 @@ EPS = 1e-4  # added to the RMS of what is normalised
 def normalize(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
     """x / (EPS + RMS of x over dims); dims None: all but the first. The RMS is taken in float32 or better."""
     dims = tuple(range(1, x.ndim)) if dims is None else dims
-    count = math.prod(x.shape[d] for d in dims)
+    count = math.prod([x.shape[d] for d in dims])
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=at_least_float32(x).dtype)
     return x / torch.add(EPS, norm, alpha=count**-0.5).to(x.dtype)
 

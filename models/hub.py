@@ -1,6 +1,6 @@
 """Loading and saving denoisers. A folder holds `config.json`, which says what to build, and `model.safetensors`.
 
-Nothing here unpickles anything.
+Nothing here unpickles anything. NVlabs' snapshots, which end in .pkl, are read by `models/snapshots.py`; nothing in them is run.
 """
 
 import json
@@ -61,8 +61,16 @@ def model_folder(path: str) -> Path:
     raise ModelError(f"{path}: there is no model there (config.json and model.safetensors, as a run writes them in OUT/model)")
 
 
+def _snapshots():
+    from models import snapshots  # not at the top: it imports this module
+
+    return snapshots
+
+
 def description(path: str) -> dict:
     """What is known of a saved model without building it: the content of its config.json."""
+    if str(path).endswith(".pkl"):
+        return _snapshots().description(path)
     file = model_folder(path) / "config.json"
     try:
         found = json.loads(file.read_text())
@@ -75,7 +83,9 @@ def description(path: str) -> dict:
 
 
 def load_denoiser(path: str, device: torch.device | str = "cpu") -> Denoiser:
-    """A frozen denoiser in eval mode, from a run's folder or a model's. Raises ModelError where it does not fit together."""
+    """A frozen denoiser in eval mode, from a run's folder, a model's or a snapshot. Raises ModelError where that cannot be."""
+    if str(path).endswith(".pkl"):
+        return _snapshots().load_nvlabs(path)[0].to(device)
     folder = model_folder(path)
     denoiser = build(description(path))
     try:

@@ -14,6 +14,7 @@ from models.denoiser import at_least_float32
 from models.noise import Noise
 from models.schedules import EDM
 
+LATENT_CHANNELS = 4  # what has so many is no image, and has no bounds
 DRAW_STREAM = 1_000_000  # of random numbers, which training never touches
 
 
@@ -131,7 +132,7 @@ def network_calls(sampler: dict) -> int:
 
 def draw(denoiser, description: dict, numbers: range, batch: int, seed: int = 0, labels: Tensor | None = None,
          progress: str | None = None, **guidance) -> tuple[Tensor, Tensor | None]:
-    """Images in [-1, 1] by a model's own sampler, on the host, with their labels.
+    """Images in [-1, 1], or latents, by a model's own sampler, on the host, with their labels.
 
     Image number i is the same for a seed, whatever is drawn with it. labels [len(numbers)]: None takes all classes in turn.
     description: a model's config.json. progress: what a progress bar should say. guidance: as in `sample`.
@@ -146,7 +147,8 @@ def draw(denoiser, description: dict, numbers: range, batch: int, seed: int = 0,
         noise = Noise(seed, DRAW_STREAM, numbers[i:i + batch], device)
         latents = [noise.normal(*shape) for _ in range(noise_draws(description["sampler"]))]
         cond = class_labels(None if labels is None else labels[i:i + batch].to(device))
-        parts.append(sample(denoiser, description["sampler"], latents, cond, **guidance).clamp(-1, 1).cpu())
+        drawn = sample(denoiser, description["sampler"], latents, cond, **guidance).cpu()
+        parts.append(drawn if shape[0] == LATENT_CHANNELS else drawn.clamp(-1, 1))
         bar.update(len(parts[-1]))
     bar.close()
     return torch.cat(parts), labels

@@ -74,3 +74,18 @@ def launch(config: str, trainer: str, *arguments: str, **options) -> subprocess.
     rest = arguments[len(flags) + 1:] if flags else arguments
     return run("accelerate", "launch", "--config_file", HOUSE / "accelerate_configs" / config, "--main_process_port", "0", *flags,
                HOUSE / "trainers" / trainer, *rest, **options)
+
+
+def save_autoencoder(folder: Path, seed: int = 0, **config) -> str:
+    """A tiny AutoencoderKL that nobody trained: 8 pixels to a latent of 4 channels."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    blocks = dict(block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    AutoencoderKL(**{**blocks, "norm_num_groups": 4, "latent_channels": 4, **config}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_autoencoder(tmp_path_factory) -> str:
+    return save_autoencoder(tmp_path_factory.mktemp("autoencoder"))

@@ -70,13 +70,28 @@ def test_functions_are_short_and_files_are_rooms(path):
 
 
 def test_nothing_unpickles():
-    """torch.load appears only with weights_only=True, pickle and trust_remote_code not at all."""
+    """torch.load appears only with weights_only=True, pickle in one file, and trust_remote_code not at all."""
     for path in FILES:
-        assert not roots(path) & {"pickle", "dill", "cloudpickle"}
+        assert not roots(path) & {"dill", "cloudpickle", "marshal", "shelve"}
+        assert "pickle" not in roots(path) or path == HOUSE / "models/snapshots.py"
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 assert "weights_only=True" in ast.unparse(node)
         assert "trust_remote_code" not in path.read_text()
+
+
+def test_the_one_unpickler_is_strict():
+    """models/snapshots.py names pickle once, as the base of an Unpickler whose find_class never falls back on the base's."""
+    path = HOUSE / "models/snapshots.py"
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    attributes = [ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)]
+    names = [node.id for node in nodes if isinstance(node, ast.Name)]
+    assert [name for name in imports(path) if name.split(".")[0].endswith("pickle")] == ["pickle"]
+    assert names.count("pickle") == attributes.count("pickle.Unpickler") == 1  # so neither pickle.load nor pickle.loads
+    strict, = (node for node in nodes if isinstance(node, ast.ClassDef) and "pickle.Unpickler" in map(ast.unparse, node.bases))
+    assert "find_class" in {node.name for node in strict.body if isinstance(node, ast.FunctionDef)}
+    assert not {"super", "getattr", "eval", "exec", "compile", "__import__"} & set(names)
+    assert not [name for name in attributes if name.endswith((".find_class", "importlib.import_module")) or name == "torch.load"]
 
 
 def test_the_commands_of_the_readme_exist():

@@ -118,7 +118,7 @@ def test_script_config_on_two_processes_is_the_launchers_config(plain, tiny_teac
 def test_a_teacher_is_pretrained_where_none_is_given(tmp_path):
     """Without a teacher, the recipe's own is trained first, by its trainer, and then used."""
     recipe = tmp_path / "teacher.yaml"
-    recipe.write_text((HOUSE / "recipes/digits_edm2.yaml").read_text().replace("images: 180000", "images: 128"))
+    recipe.write_text((HOUSE / "recipes/digits_edm2.yaml").read_text().replace("images: 150000", "images: 128"))
     done = launch("cpu.yaml", "dmd.py", "--images=128", "--loop.eval_every=0", "--out", tmp_path / "run",
                   f"--pretrain.recipe={recipe}", f"--pretrain.out={tmp_path / 'teacher'}")
     assert f"teacher: none given, pretraining one with the recipe {recipe}" in done.stdout

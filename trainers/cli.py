@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -11,17 +12,19 @@ import yaml
 from jsonargparse import auto_cli
 
 from models import hub
-from models.sampling import draw, network_calls
+from models.autoencoder import Autoencoder
+from models.sampling import LATENT_CHANNELS, draw, network_calls
 from trainers import pictures, posthoc
 from trainers.config import ConfigError, DataConfig, require, writable
 from trainers.data import load_images
 from trainers.demo import demo
+from trainers.latents import make_cache
 from trainers.metrics import class_accuracy, frechet_distance, within_class_std
 from trainers.pairs import make_pairs
 
 
 def sample(model: str, out: str = "samples.png", seeds: str = "0-63", labels: list[int] | None = None, batch: int = 64,
-           guidance: float = 1.0, guide: str | None = None) -> None:
+           guidance: float = 1.0, guide: str | None = None, autoencoder: str | None = None) -> None:
     """Draw images from a run or a model's folder, and write them as a grid.
 
     Args:
@@ -32,20 +35,22 @@ def sample(model: str, out: str = "samples.png", seeds: str = "0-63", labels: li
         batch: Images drawn at a time.
         guidance: Strength w of uncond + w (cond - uncond); 1 is none.
         guide: A weaker model to guide away from (autoguidance); by default the model itself without labels.
+        autoencoder: What decodes the latents of a latent model: a folder or hub id of an AutoencoderKL.
     """
     numbers = _numbers(seeds)
     writable(str(Path(out).parent))
     about = hub.description(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device()
     if labels:
         require(about["classes"] > 0, f"labels is {labels}, and {model} has no classes")
         require(0 <= min(labels) and max(labels) < about["classes"], f"labels is {labels}, and {model} has classes 0 to {about['classes'] - 1}")
     chosen = torch.tensor([labels[i % len(labels)] for i in range(len(numbers))]) if labels else None
+    require(autoencoder is not None or about["channels"] != LATENT_CHANNELS, f"{model} makes latents: name what decodes them with --autoencoder")
     guiding = _guiding(model, about, guidance, guide, device)
     began = time.time()
     images, _ = draw(hub.load_denoiser(model, device), about, numbers, batch, labels=chosen, progress="sampling", **guiding)
     print(f"{len(images)} images, {len(images) / (time.time() - began):.1f} images/s, {network_calls(about['sampler'])} network calls each: {out}")
-    pictures.grid(Path(out), images)
+    pictures.grid(Path(out), images if autoencoder is None else Autoencoder(autoencoder, device).decode(images))
 
 
 def _guiding(model: str, about: dict, guidance: float, guide: str | None, device: str) -> dict:
@@ -80,13 +85,12 @@ def score(run: str, split: str = "all", samples: int = 2000, batch: int = 500) -
         samples: How many to draw, all classes in turn.
         batch: Images drawn at a time.
     """
-    reference = _data_of(run, split)
-    real = reference.images(range(len(reference)))
+    real, real_labels = _data_of(run, split).first(50_000)
     drawn, labels = draw(hub.load_denoiser(run), hub.description(run), range(samples), batch, progress="sampling")
     print(f"Fréchet distance on pixels {frechet_distance(drawn, real):.4f} ({samples} samples against {len(real)} images of split {split})")
     if labels is not None:
-        print(f"class accuracy {class_accuracy(drawn, labels, real, reference.labels):.4f}, within-class std {within_class_std(drawn, labels):.4f} "
-              f"(real {within_class_std(real, reference.labels):.4f})")
+        print(f"class accuracy {class_accuracy(drawn, labels, real, real_labels):.4f}, within-class std {within_class_std(drawn, labels):.4f} "
+              f"(real {within_class_std(real, real_labels):.4f})")
 
 
 def _data_of(run: str, split: str):
@@ -97,15 +101,16 @@ def _data_of(run: str, split: str):
     return load_images(DataConfig(**{**data, "split": split}))
 
 
-def ema(run: str, out: str, sigma_rel: float, at: int | None = None) -> None:
+def ema(run: str, sigma_rel: float = 0.1, at: int | None = None, out: str | None = None) -> None:
     """Make an average of another length than those that a run kept, from the ones that it stored (--loop.snapshot_every).
 
     Args:
         run: A run's folder.
-        out: The model's folder to write.
         sigma_rel: The average's width, relative to the run's length.
         at: Where it ends, in images seen; by default at the last stored average.
+        out: The model's folder to write; by default one in the run's.
     """
+    out = out or f"{run}/model-{sigma_rel:.3f}"
     tensors = posthoc.reconstruct(run, sigma_rel, at)
     writable(out)
     hub.save(out, {**posthoc.description(run), "trained": {"run": run, "sigma_rel": sigma_rel, "at": at}}, tensors)
@@ -124,9 +129,8 @@ def sweep(run: str, sigma_rel: list[float] = [0.03, 0.05, 0.075, 0.1, 0.125, 0.1
         samples: How many to draw for each, of the same noise.
         batch: Images drawn at a time.
     """
-    reference = _data_of(run, split)
-    real, about, curve = reference.images(range(min(len(reference), 50_000))), posthoc.description(run), []
-    denoiser = hub.build(about).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    (real, _), about, curve = _data_of(run, split).first(50_000), posthoc.description(run), []
+    denoiser = hub.build(about).to(_device()).eval()
     for width in sigma_rel:
         denoiser.load_state_dict(posthoc.reconstruct(run, width, at))
         drawn, _ = draw(denoiser, about, range(samples), batch, progress=f"sigma_rel {width}")
@@ -136,7 +140,7 @@ def sweep(run: str, sigma_rel: list[float] = [0.03, 0.05, 0.075, 0.1, 0.125, 0.1
     pictures.curve(Path(run, "sweep.png"), curve, "sigma_rel of the average", f"Fréchet distance (pixels, {samples} samples)")
 
 
-def pairs(teacher: str, out: str, count: int = 10_000, seed: int = 0, batch: int = 500) -> None:
+def pairs(teacher: str = "runs/demo/teacher", out: str = "runs/demo/pairs", count: int = 10_000, seed: int = 0, batch: int = 500) -> None:
     """Write noise-image pairs of a teacher's deterministic sampler, for DMD's regression. Run it again to go on.
 
     To share the work: torchrun --nproc_per_node 8 -m trainers.cli pairs ...
@@ -148,12 +152,53 @@ def pairs(teacher: str, out: str, count: int = 10_000, seed: int = 0, batch: int
         seed: Of their noise.
         batch: Pairs drawn at a time.
     """
-    make_pairs(teacher, out, count, seed, batch, f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    make_pairs(teacher, out, count, seed, batch, _device())
+
+
+def cache(source: str, autoencoder: str, out: str = "latents", split: str = "train", resolution: int = 512, classes: int = 1000, fit: str = "crop",
+          batch: int = 8, skip_bad: bool = False, workers: int = 0) -> None:
+    """Encode an image set to latents, for `data.source` of a latent model. Run it again to go on.
+
+    To share the work: torchrun --nproc_per_node 8 -m trainers.cli cache ...
+
+    Args:
+        source: Images, as in data.source.
+        autoencoder: A folder or hub id of an AutoencoderKL.
+        out: The folder to write to.
+        split: Of the source.
+        resolution: Of the images, in pixels; latents have an eighth of it.
+        classes: How many, 0 to leave labels out.
+        fit: "crop" or "pad", as in data.fit.
+        batch: Images encoded at a time.
+        skip_bad: Pass over images that do not decode.
+        workers: Processes that decode ahead.
+    """
+    make_cache(source, autoencoder, out, split, resolution, classes, fit, batch, _device(), skip_bad, workers)
+
+
+def convert(snapshot: str, out: str) -> None:
+    """Read an NVlabs EDM2 snapshot (.pkl), running nothing of it, and save it as a model's folder.
+
+    Args:
+        snapshot: The file.
+        out: The folder to write to.
+    """
+    require(snapshot.endswith(".pkl"), f"{snapshot} is not a .pkl snapshot")
+    about = hub.description(snapshot)
+    writable(out)
+    hub.save(out, {**about, "trained": {"snapshot": snapshot}}, hub.load_denoiser(snapshot).state_dict())
+    print(f"{out}: a {about['resolution']}x{about['resolution']} EDM2 network of {about['channels']} channels and {about['classes']} classes")
+
+
+def _device() -> str:
+    """This process's own."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
+    arguments = [re.sub("^--[a-z-]+", lambda option: "--" + option[0][2:].replace("-", "_"), word) for word in sys.argv[1:]]  # --sigma-rel too
     try:
-        auto_cli([demo, sample, score, pairs, ema, sweep], prog="fewstep", description=__doc__)
+        auto_cli([demo, sample, score, pairs, cache, ema, sweep, convert], args=arguments, prog="fewstep", description=__doc__)
     except (ConfigError, hub.ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

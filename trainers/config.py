@@ -26,17 +26,23 @@ class ConfigError(Exception):
     """A configuration that cannot work. The message is one sentence for the user."""
 
 
+def is_cache(source: str) -> bool:
+    """Whether a data source is a folder of latents, as `fewstep cache` writes it: it holds their index."""
+    return (Path(source) / "latents.json").is_file()
+
+
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from. They reach the networks square, in [-1, 1]."""
+    """Where images come from. They reach the networks square, in [-1, 1]; latents have standard deviation 0.5."""
 
-    source: str = "digits"  # "digits" (embedded), a folder of images, a .parquet file, or a hub id
+    source: str = "digits"  # "digits" (embedded), a folder of images, a .parquet file, a hub id, or a folder that `fewstep cache` wrote
     split: str = "train"
-    resolution: int = 8  # pixels, a power of two
-    channels: int = 1  # 1: grey, 3: RGB
+    resolution: int = 8  # pixels, a power of two; of latents, their own
+    channels: int = 1  # 1: grey, 3: RGB, 4: latents
     classes: int = 10  # 0: labels are not used
     fit: str = "crop"  # "crop": scale the shorter side and cut the middle; "pad": centre on black, without scaling
     xflip: bool = False  # mirror half of the images, at random
+    streaming: bool = False  # read from front to back, for sets too large to download or to index; every rank reads all and decodes its part
     skip_bad: bool = False  # pass over images that do not decode, instead of stopping at the first
     workers: int = 0  # processes that decode ahead, per rank; sets that fit in memory are decoded once at the start
 
@@ -84,7 +90,7 @@ class RunConfig:
             require(value > 0, f"{name} is {value}, and must be above 0")
         require(self.data.resolution > 0 and self.data.resolution & (self.data.resolution - 1) == 0,
                 f"data.resolution is {self.data.resolution}, and must be a power of two")
-        require(self.data.channels in (1, 3), f"data.channels is {self.data.channels}, and must be 1 or 3")
+        require(self.data.channels in (1, 3, 4), f"data.channels is {self.data.channels}, and must be 1 or 3 for images, 4 for latents")
         for name, value in {"data.classes": self.data.classes, "data.workers": self.data.workers, "loop.save_every": self.loop.save_every,
                             "loop.eval_every": self.loop.eval_every, "loop.snapshot_every": self.loop.snapshot_every}.items():
             require(value >= 0, f"{name} is {value}, and must not be below 0")

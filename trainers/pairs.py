@@ -5,26 +5,20 @@ pairs are written whole or not at all: an interrupted run goes on, and several p
 """
 
 import hashlib
-import json
-import os
-import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from models import hub
 from models.conditioning import class_labels
 from models.noise import Noise
 from models.sampling import sample
-from trainers.config import ConfigError, require, writable
+from trainers.config import require, writable
 from trainers.data import Order
+from trainers.shards import Shards
 
 PER_FILE = 1000
-INDEX = "pairs.json"
 
 
 def _identity(teacher: str, seed: int) -> dict:
@@ -46,34 +40,22 @@ def make_pairs(teacher: str, out: str, count: int, seed: int = 0, batch: int = 5
     """
     require(count > 0, f"count is {count}, and must be above 0")
     writable(out)
-    folder, identity = Path(out), _identity(teacher, seed)
-    if (folder / INDEX).is_file():
-        there = {k: v for k, v in json.loads((folder / INDEX).read_text()).items() if k != "count"}
-        require(there == identity, f"{out} holds pairs of another teacher, sampler or seed: give another folder")
-    else:
-        _write_index(folder, identity, 0)  # whose pairs these will be, from the first file on
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    identity = _identity(teacher, seed)
+    shards = _shards(out, identity)
+    shards.claim(identity, f"{out} holds pairs of another teacher, sampler or seed: give another folder")
     denoiser = hub.load_denoiser(teacher, device)
-    firsts = range(0, count, PER_FILE)[rank::world]
-    bar = tqdm(total=sum(min(PER_FILE, count - first) for first in firsts), desc="pairs", unit="pair", disable=None if rank == 0 else True)
-    for first in firsts:
-        numbers = range(first, min(first + PER_FILE, count))
-        if not _whole(_file(folder, first), len(numbers)):
-            _write(_file(folder, first), [_draw(denoiser, identity, numbers[i:i + batch], seed, device) for i in range(0, len(numbers), batch)])
-        bar.update(len(numbers))
-    bar.close()
-    if rank == 0:
-        while not all(_file(folder, first).is_file() for first in range(0, count, PER_FILE)):
-            time.sleep(0.5)  # the other ranks' files; if one of them fails, the launcher ends this one
-        _write_index(folder, identity, count)
+    files = shards.mine(count)
+    with shards.bar(files, "pair") as bar:
+        for rows in files:
+            if not shards.whole(rows):
+                shards.write(rows, [_draw(denoiser, identity, rows[i:i + batch], seed, device) for i in range(0, len(rows), batch)])
+            bar.update(len(rows))
+    shards.finish(identity, count)
 
 
-def _write_index(folder: Path, identity: dict, count: int) -> None:
-    _replace(folder / INDEX, lambda path: path.write_text(json.dumps({**identity, "count": count}, indent=1)))
-
-
-def _file(folder: Path, first: int) -> Path:
-    return folder / f"pairs-{first:09d}.safetensors"
+def _shards(folder: str, identity: dict) -> Shards:
+    keys = ("noise", "image", "label") if identity["classes"] else ("noise", "image")
+    return Shards(Path(folder), "pairs", "pairs", keys, PER_FILE)
 
 
 def _draw(denoiser, identity: dict, numbers: range, seed: int, device) -> dict[str, Tensor]:
@@ -83,39 +65,16 @@ def _draw(denoiser, identity: dict, numbers: range, seed: int, device) -> dict[s
     return pairs if labels is None else {**pairs, "label": labels}
 
 
-def _write(path: Path, parts: list[dict[str, Tensor]]) -> None:
-    tensors = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
-    _replace(path, lambda aside: save_file(tensors, aside))
-
-
-def _replace(path: Path, write) -> None:
-    aside = path.with_name(f".{path.name}-{os.getpid()}")
-    write(aside)
-    os.replace(aside, path)
-
-
-def _whole(path: Path, count: int) -> bool:
-    """Whether a file is there and holds at least `count` pairs."""
-    try:
-        return path.is_file() and len(load_file(path)["image"]) >= count
-    except (SafetensorError, KeyError):
-        return False
-
-
 class Pairs:
     """A folder of pairs, in memory. Raises ConfigError where it is incomplete or does not fit the data."""
 
     def __init__(self, folder: str, seed: int):
-        index = Path(folder) / INDEX
-        self.about = json.loads(index.read_text()) if index.is_file() else {"count": 0}
-        require(self.about["count"] > 0, f"regression.pairs is {folder}, and there are no finished pairs in it: make some with `fewstep pairs`")
-        self.order = Order(self.about["count"], seed)
-        parts = []
-        for first in range(0, self.about["count"], PER_FILE):
-            if not _whole(_file(Path(folder), first), min(PER_FILE, self.about["count"] - first)):
-                raise ConfigError(f"{_file(Path(folder), first)} is missing or damaged: run the same `fewstep pairs` again")
-            parts.append(load_file(_file(Path(folder), first)))
-        self.tensors = {key: torch.cat([part[key] for part in parts])[:self.about["count"]] for key in parts[0]}
+        about = Shards.about(Path(folder), "pairs")
+        require(about["count"] > 0, f"regression.pairs is {folder}, and there are no finished pairs in it: make some with `fewstep pairs`")
+        self.about, shards = about, _shards(folder, about)
+        shards.check(about["count"])
+        self.order = Order(about["count"], seed)
+        self.tensors = shards.read(about["count"], shards.keys)
 
     def take(self, samples, device) -> tuple[Tensor, Tensor, dict | None]:
         """The pairs that go with these samples of the run: noise, image, condition. Every epoch has its own order."""

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from models.denoiser import Denoiser
 from models.sampling import draw
 from trainers import checkpoint, posthoc
 from trainers.config import ConfigError, RunConfig, check_same_run, load_config, write_config
-from trainers.data import Batch, ImageSet, batches, load_images
+from trainers.data import Batch, ImageSet, StreamedSet, batches, load_images
 from trainers.ema import ShardedEMA
 from trainers.engine import Cluster, Engine
 from trainers.launch import LaunchError, Plan
@@ -54,7 +55,7 @@ class Trainer(ABC):
     config_class: type[RunConfig]
     default_recipe: str
 
-    def __init__(self, config: RunConfig, cluster: Cluster, images: ImageSet):
+    def __init__(self, config: RunConfig, cluster: Cluster, images: ImageSet | StreamedSet):
         self.config, self.cluster, self.images = config, cluster, images
         self.out = Path(config.out)
         self.engines: dict[str, tuple[Engine, ShardedEMA | None]] = {}
@@ -87,15 +88,15 @@ class Trainer(ABC):
             _ = self.real_images  # what is wrong with them is said now, not at the first evaluation
         self.build()
         self._resume()
-        self._listen()
         if self.cluster.is_main:
             write_config(self.config)
         stages = self.stages()
         self.log = RunLog(self.out, self.cluster, stages[-1].images, self.images_seen, self.method)
         if self.images_seen:
             self.log.say(f"resuming {self.out} at {self.images_seen} images")
-        for stage in stages:
-            self._run(stage)
+        with self._listening():
+            for stage in stages:
+                self._run(stage)
         self.export()
         self.log.close()
 
@@ -171,7 +172,7 @@ class Trainer(ABC):
         config = self.config
         same = config.eval.split == config.data.split
         images = self.images if same else load_images(replace(config.data, split=config.eval.split), self.cluster.is_main)
-        return images.images(range(min(len(images), 50_000)))
+        return images.first(50_000)[0]
 
     # -- keeping
 
@@ -191,14 +192,19 @@ class Trainer(ABC):
             hub.save(self.out / "model", {**self.description, "trained": trained}, tensors)
         self.cluster.barrier()
 
-    def _listen(self) -> None:
-        """Ctrl-C, SIGTERM and SIGUSR1: finish to the next report, checkpoint, leave. A second Ctrl-C leaves at once."""
+    @contextmanager
+    def _listening(self):
+        """On Ctrl-C, SIGTERM and SIGUSR1: finish to the next report, checkpoint, leave. A second Ctrl-C leaves at once."""
         def stop(number, frame):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             self.asked_to_stop = True
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, stop)
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def main(trainer: type[Trainer], argv: list[str] | None = None) -> None:

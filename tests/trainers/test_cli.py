@@ -16,8 +16,9 @@ def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     several = () if torch.cuda.is_available() else ("cpu_ddp.yaml",)
     config = several[0] if several else "1gpu.yaml"
-    launch(config, "edm2.py", "--mixed_precision", "no", "--", "--out", out / "teacher", "--images=48000", "--optimizer.decay_after_images=16000")
-    launch(config, "dmd.py", "--mixed_precision", "no", "--", "--out", out / "student", "--teacher", out / "teacher", "--images=38400")
+    launch(config, "edm2.py", "--mixed_precision", "no", "--", "--out", out / "teacher", "--images=40000", "--optimizer.decay_after_images=16000",
+           "--ema.sigma_rel=[0.1,0.05]", "--loop.snapshot_every=8000")
+    launch(config, "dmd.py", "--mixed_precision", "no", "--", "--out", out / "student", "--teacher", out / "teacher", "--images=32000")
     return out
 
 
@@ -54,12 +55,25 @@ def test_sample_and_score(demo, tmp_path):
     assert abs(float(said.split()[4]) - logged) < 1e-3 and "class accuracy" in said
 
 
+def test_averages_of_other_lengths(demo, tmp_path):
+    """`ema` writes a model that samples, also as the guide of another; `sweep` measures several and draws the curve."""
+    run("fewstep", "ema", demo / "teacher", "--sigma-rel", "0.2", "--at", "24000", "--out", tmp_path / "weak")
+    run("fewstep", "sample", demo / "teacher", "--guidance", "2", "--guide", tmp_path / "weak", "--seeds", "0-3", "--out", tmp_path / "a.png")
+    run("fewstep", "sweep", demo / "teacher", "--sigma_rel", "[0.05,0.1]", "--samples", "40", "--split", "test")
+    assert [width for width, _ in json.loads((demo / "teacher/sweep.json").read_text())] == [0.05, 0.1]
+    assert (demo / "teacher/sweep.png").is_file() and (tmp_path / "a.png").is_file()
+
+
 @pytest.mark.parametrize("command, said", [
     (("sample", "/nowhere"), "/nowhere: there is no model there"),
     (("sample", "DEMO/student", "--labels", "[10]"), "has classes 0 to 9"),
     (("sample", "DEMO/student", "--seeds", "a-b"), "seeds is 'a-b'"),
     (("score", "/nowhere"), "/nowhere is not a run's folder"),
-    (("pairs", "DEMO/student", "DEMO/p"), "is a few-step student"),
+    (("pairs", "--teacher", "DEMO/student", "--out", "DEMO/p"), "is a few-step student"),
+    (("sample", "DEMO/student", "--guidance", "2"), "is a few-step student: its teacher was guided"),
+    (("sample", "DEMO/teacher", "--guidance", "2"), "name a weaker model with --guide"),
+    (("ema", "DEMO/student"), "has no stored averages"),
+    (("ema", "DEMO/teacher", "--sigma-rel", "0.4"), "sigma_rel is 0.4"),
 ])
 def test_bad_input_is_one_sentence(demo, command, said):
     """One line on stderr, code 2."""

@@ -147,7 +147,7 @@ def test_pairs_of_another_teacher_or_seed_are_refused(first, second, tmp_path):
 
 def interrupt(monkeypatch, after):
     """From now on, making pairs is interrupted once so many files are written."""
-    write, written = pairs._write, []
+    write, written = pairs.Shards.write, []
 
     def interrupted(*arguments):
         if len(written) == after:
@@ -155,7 +155,7 @@ def interrupt(monkeypatch, after):
         written.append(1)
         write(*arguments)
 
-    monkeypatch.setattr(pairs, "_write", interrupted)
+    monkeypatch.setattr(pairs.Shards, "write", interrupted)
 
 
 def test_interrupted_pairs_of_another_teacher_are_refused(first, second, tmp_path, monkeypatch):
