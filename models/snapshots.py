@@ -1,11 +1,11 @@
 """NVlabs' EDM2 network snapshots (`.pkl`), read without running anything that is in them.
 
 A snapshot pickles its networks with the source code of their classes, which the official loader executes. Here nothing of
-a file is imported, compiled or called; three walls see to it, and each alone keeps code in the file from running:
+a file is imported, compiled or called:
 
 * `_survey` reads the opcodes before anything obeys them, and lets through those that snapshots are written with, within
   bounds that keep time and memory in proportion to the file;
-* `_Strict`, a `pickle.Unpickler`, gives inert stubs for a dozen names and refuses all others;
+* `_Strict`, a `pickle.Unpickler`, gives inert stubs for a dozen names and refuses all others: nothing else can be called;
 * what then lies there, stubs and plain data, is walked with every type, name, size and stride checked.
 
 The format: {"ema": network, ...}. A network's module is a call of `_reconstruct_persistent_obj` on a dict of its class's
@@ -200,7 +200,7 @@ def _part(holder, key: str, kind: type):
 def _meta(module) -> dict:
     """What `_reconstruct_persistent_obj` was given for a module."""
     if type(module) is not _Network or type(module.args[0]) is not dict:
-        raise ModelError("it is not a module")
+        raise ModelError("what should be a module of it is none")
     return module.args[0]
 
 

@@ -74,7 +74,7 @@ class RunConfig:
 
     recipe: str = ""
     config: str | None = None  # an accelerate configuration file
-    out: str = "runs/run"
+    out: str = "runs/run"  # by default named after the recipe
     images: int = 100_000  # train until this many were seen
     teacher: str | None = None  # a run's folder
     seed: int = 0
@@ -169,7 +169,8 @@ def load_config(cls: type, argv: list[str], default_recipe: str, method: str):
     from_recipe = [f"--{key}={_argument(value)}" for key, value in given.items()]
     parsed = parser.parse_args([*from_recipe, *argv])
     config = cls(**vars(parser.instantiate(parsed)))
-    return dataclasses.replace(config, recipe=str(recipe))
+    out = config.out if "out" in given or _option(argv, "out") else f"runs/{recipe.stem}"
+    return dataclasses.replace(config, recipe=str(recipe), out=out)
 
 
 def _argument(value) -> str:

@@ -169,12 +169,12 @@ class StreamedSet:
         self.shuffled = SHUFFLED["paths" if first[image]["bytes"] is None else "bytes"]
         self._labels([first])
 
-    def _labels(self, rows: list[dict]) -> Tensor | None:
+    def _labels(self, rows: list[dict]) -> np.ndarray | None:
         if self.label is None:
             return None
         labels = np.asarray([row[self.label] for row in rows])
         _check_labels(self.config, labels)
-        return torch.from_numpy(labels.astype(np.int64))
+        return labels.astype(np.int64)  # no tensor: worker processes would fetch it through shared memory
 
     def _epoch(self, seed: int, epoch: int):
         """One file after the other: to read several at a time, `datasets` starts threads, and waits 5 s for their end."""
@@ -227,10 +227,11 @@ class Decoder(Dataset):
         return _mirror(pixels, Noise(self.seed, FLIP_STREAM, positions).uniform() < 0.5) if self.xflip else pixels, labels
 
 
-def _decoded(rows: list[dict], labels: Tensor | None, count: int, config: DataConfig, first: int = 0) -> tuple[Tensor, Tensor | None]:
+def _decoded(rows: list[dict], labels: np.ndarray | None, count: int, config: DataConfig, first: int = 0) -> tuple[Tensor, Tensor | None]:
     """The first `count` rows as float images, with their labels."""
     found = [decode(rows, i, config, first) for i in range(count)]
-    return ImageSet._scale(torch.stack([pixels for pixels, _ in found])), None if labels is None else labels[[row for _, row in found]]
+    labels = None if labels is None else torch.from_numpy(labels[[row for _, row in found]])
+    return ImageSet._scale(torch.stack([pixels for pixels, _ in found])), labels
 
 
 def _mirror(images: Tensor, which: Tensor) -> Tensor:
@@ -376,16 +377,22 @@ def batches(images: ImageSet | StreamedSet, config: DataConfig, seed: int, batch
             yield list(range(first, first + share))
             first += batch
 
-    loader = DataLoader(images.stream(seed, config.xflip), batch_sampler=images.parts(positions(), seed), num_workers=config.workers,
-                        collate_fn=as_it_is, pin_memory=torch.device(device).type == "cuda", persistent_workers=config.workers > 0,
-                        multiprocessing_context=WORKERS if config.workers else None)
+    found = read(images.stream(seed, config.xflip), images.parts(positions(), seed), config.workers, device)
+    for samples, (pixels, labels) in zip(positions(), found):
+        cond = class_labels(None if labels is None else labels.to(device, non_blocking=True))
+        yield Batch(pixels.to(device, non_blocking=True), cond, Noise(seed, 0, samples, device))
+
+
+def read(dataset: Dataset, parts: Iterator, workers: int, device: torch.device | str = "cpu") -> Iterator:
+    """What `dataset.__getitems__` makes of each part, in order; worker processes go ahead. device: where it will be sent."""
+    loader = DataLoader(dataset, batch_sampler=parts, num_workers=workers, collate_fn=_as_it_is, persistent_workers=workers > 0,
+                        pin_memory=torch.device(device).type == "cuda", multiprocessing_context=WORKERS if workers else None)
     try:
-        for samples, (pixels, labels) in zip(positions(), loader):
-            cond = class_labels(None if labels is None else labels.to(device, non_blocking=True))
-            yield Batch(pixels.to(device, non_blocking=True), cond, Noise(seed, 0, samples, device))
+        yield from loader
     except ConfigError as error:  # from a worker process it comes wrapped in that process's traceback
+        error.__traceback__ = None  # part of a cycle that holds the workers, and would keep them waiting
         raise ConfigError(str(error).strip().splitlines()[-1].removeprefix("trainers.config.ConfigError: ")) from None
 
 
-def as_it_is(items):
+def _as_it_is(items):
     return items

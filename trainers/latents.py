@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from models.autoencoder import Autoencoder
 from trainers.config import DataConfig, is_cache, require, writable
-from trainers.data import WORKERS, as_it_is, latent_shards, load_images
+from trainers.data import latent_shards, load_images, read
 
 FILE_ROWS, FILE_BYTES = 1 << 12, 1 << 28  # of a file, at most: what an interruption costs, and what a process holds in memory
 PRECISION = torch.float16  # half the space of float32; its rounding moves a normalised latent by 1e-4, a twentieth of the smallest noise in sampling
@@ -75,8 +75,7 @@ def _identity(config: DataConfig, network: Autoencoder, images: int) -> dict:
 
 def _encode(network: Autoencoder, images, parts: list[range], workers: int) -> Iterator[dict[str, Tensor]]:
     """The posteriors of these parts of the image set, one after the other, while the next ones are decoded."""
-    for pixels, labels in DataLoader(_Rows(images), batch_sampler=parts, num_workers=workers, collate_fn=as_it_is,
-                                     multiprocessing_context=WORKERS if workers else None):
+    for pixels, labels in read(_Rows(images), parts, workers):
         mean, std = (values.to(PRECISION) for values in network.encode(pixels))
         require(bool(mean.isfinite().all() and std.isfinite().all()), f"the autoencoder gives latents that {PRECISION} cannot hold: it is broken")
         yield {"mean": mean, "std": std} if labels is None else {"mean": mean, "std": std, "label": labels}

@@ -68,7 +68,7 @@ class Call:
 
 def modules(tensors, kwargs=None, name="MPConv"):
     """The modules that have these tensors: `enc` and `dec` are ModuleDicts, names in -s are buffers, None stays None."""
-    state = dict(nn.Module().__dict__) | {"_parameters": {}, "_buffers": {}, "_modules": {}, "training": False}
+    state = dict(nn.Module().__dict__) | {"_parameters": {}, "_buffers": {}, "_modules": OrderedDict(), "training": False}
     state |= {"_init_args": (), "_init_kwargs": dict(kwargs or {})}
     for key, value in tensors.items():
         if "." not in key and key.endswith("s"):
@@ -125,12 +125,12 @@ def public_state(**settings):
 
 
 def refusal(path, read=read_nvlabs):
-    """The message with which a file is refused: one printable line that names the file."""
+    """What is said of a file that is refused: one printable line, after the file's name."""
     with pytest.raises(ModelError) as refused:
         read(str(path))
     message = str(refused.value)
-    assert message.isprintable() and len(message) < 500 and str(path) in message
-    return message
+    assert message.isprintable() and len(message) < 500 and message.startswith(f"{path}: ")
+    return message.removeprefix(f"{path}: ")
 
 
 def same(found, expected):
@@ -270,7 +270,7 @@ def test_truncated(tmp_path, nothing_runs):
     whole = file.read_bytes()
     for length in (*range(1, 100), *random.Random(0).sample(range(1, len(whole)), 300), *range(len(whole) - 50, len(whole))):
         file.write_bytes(whole[:length])
-        with pytest.raises(ModelError, match="truncated"):
+        with pytest.raises(ModelError, match=": truncated$"):
             nothing_runs(file)
     file.write_bytes(whole + b"\x80\x04N.")
     assert "follows" in refusal(file)
@@ -580,7 +580,7 @@ def crowd(levels, width):
 def endless():
     """A module that contains itself."""
     module = nn.ModuleDict()
-    module._modules["again"] = module
+    module._modules["a" * 64] = module
     return module
 
 
@@ -616,7 +616,7 @@ def test_claims_reserve_no_memory(tmp_path, nothing_runs):
 def test_crowds_of_opcodes(tmp_path, nothing_runs, opcodes):
     """More opcodes than any snapshot has, each of which may take more memory than its byte, are refused."""
     (tmp_path / "snapshot.pkl").write_bytes(b"\x80\x04" + opcodes * 10**6 + b".")
-    with pytest.raises(ModelError, match="opcodes"):
+    with pytest.raises(ModelError, match="more than .* opcodes"):
         nothing_runs(tmp_path / "snapshot.pkl")
 
 
@@ -639,7 +639,7 @@ def test_broken_stacks(tmp_path, nothing_runs, opcodes):
 def test_frames_cannot_smuggle(tmp_path, nothing_runs, inside, after):
     """An opcode that crosses the end of its frame is refused: the unpickler would go on elsewhere than the survey did."""
     (tmp_path / "snapshot.pkl").write_bytes(b"\x80\x04\x95" + struct.pack("<Q", len(inside)) + inside + after + b".")
-    with pytest.raises(ModelError, match="frame"):
+    with pytest.raises(ModelError, match="is broken$"):
         nothing_runs(tmp_path / "snapshot.pkl")
 
 
@@ -647,7 +647,7 @@ def test_deep_stubs_are_freed(tmp_path, nothing_runs):
     """Sixty thousand stubs within each other are refused, and are freed again without a deep recursion."""
     stub = named("numpy", "dtype")
     (tmp_path / "snapshot.pkl").write_bytes(b"\x80\x04" + stub + b"\x94" + b"h\0" * 60_000 + b"N" + b"\x85R" * 60_000 + b".")
-    with pytest.raises(ModelError, match="ema"):
+    with pytest.raises(ModelError, match="has no ema"):
         nothing_runs(tmp_path / "snapshot.pkl")
 
 
@@ -671,7 +671,7 @@ def test_fuzzing(tmp_path, nothing_runs):
     refused = 0
     tracemalloc.start()
     try:
-        for damaged in mutations(blob, random.Random(0), 1000):
+        for damaged in mutations(blob, random.Random(0), 600):
             (tmp_path / "snapshot.pkl").write_bytes(damaged)
             try:
                 nothing_runs(tmp_path / "snapshot.pkl")
@@ -681,4 +681,4 @@ def test_fuzzing(tmp_path, nothing_runs):
         assert tracemalloc.get_traced_memory()[1] < 5e6
     finally:
         tracemalloc.stop()
-    assert 300 < refused < 1000
+    assert 300 < refused < 600

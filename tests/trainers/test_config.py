@@ -40,7 +40,7 @@ def test_command_line_beats_recipe_beats_defaults(recipe):
     """A field is what the command line says, else the recipe, else the default; sections are merged field by field."""
     path = recipe({"method": "edm2", "images": 7, "P_mean": -0.5, "loop": {"batch": 32, "keep": 5}})
     config = edm2("--recipe", path, "--loop.batch", 16, "--P_mean", -1.5)
-    assert config == Edm2Config(recipe=path, images=7, P_mean=-1.5, loop=LoopConfig(batch=16, keep=5))
+    assert config == Edm2Config(recipe=path, out="runs/made", images=7, P_mean=-1.5, loop=LoopConfig(batch=16, keep=5))
 
 
 def test_options_take_both_forms(recipe):
@@ -63,7 +63,7 @@ def test_recipe_sets_every_kind_of_value(recipe):
     path = recipe(f"timesteps: {times}\nguidance: 2\nteacher: null\ndata: {{xflip: true}}\n"
                   "generator: {lr: 1e-4, betas: [0, 0.9]}")
     config = dmd("--recipe", path)
-    assert config == DmdConfig(recipe=path, timesteps=tuple(times), guidance=2.0, data=DataConfig(xflip=True),
+    assert config == DmdConfig(recipe=path, out="runs/made", timesteps=tuple(times), guidance=2.0, data=DataConfig(xflip=True),
                                generator=OptimConfig(lr=1e-4, betas=(0.0, 0.9)))
 
 
