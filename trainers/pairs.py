@@ -29,7 +29,8 @@ def _identity(teacher: str, seed: int) -> dict:
 
 
 def weights_hash(teacher: str) -> str:
-    with (hub.model_folder(teacher) / "model.safetensors").open("rb") as file:
+    path = Path(teacher) if teacher.endswith(".pkl") else hub.model_folder(teacher) / "model.safetensors"
+    with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
