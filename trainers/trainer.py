@@ -228,7 +228,7 @@ def main(trainer: type[Trainer], argv: list[str] | None = None) -> None:
         code = _say(talks, f"error: {error}", 1)
     except KeyboardInterrupt:
         code = _say(talks, "stopped; run the same command again to go on", 130)
-    if cluster is not None:
+    if cluster is not None and code != 2:  # bad input, such as an image, may be one rank's alone: it must not wait for the others
         cluster.close()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
