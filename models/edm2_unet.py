@@ -3,9 +3,10 @@
 Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models" (config G; equations by their
 numbers there). Written from the paper; parameter names are those of the public snapshots, so that `from_nvlabs` is a rename.
 
-Weights have any scale at rest: each layer normalises its own in forward, with gradient (equation 47). The *forced* half of
-weight normalisation, which keeps them from growing, is the optimizer's business and not forward's: `unit_norm_weights`
-names the weights, and the engine projects them once before each update. So a network may run many forwards before one backward.
+Weights have any scale at rest: each layer normalises its own in forward, with gradient (equation 47), and `fold_weights`
+does it once for a network that is only called. The *forced* half of weight normalisation, which keeps weights from growing, is the
+optimizer's business and not forward's: `unit_norm_weights` names them, and the engine projects them once before each update. So a
+network may run many forwards before one backward.
 """
 
 import math
@@ -76,9 +77,18 @@ class MPConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
 
-    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        w = normalize(at_least_float32(self.weight))
-        w = (w * (gain / math.sqrt(w[0].numel()))).to(x.dtype)
+        self.folded = False
+
+    def scaled_weight(self, gain: Tensor | float = 1.0) -> Tensor:
+        w = at_least_float32(self.weight)
+        return normalize(w) * (gain / math.sqrt(w[0].numel()))
+
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        if self.folded:
+            w = self.weight if gain is None else self.weight * gain
+        else:
+            w = self.scaled_weight(1.0 if gain is None else gain)
+        w = w.to(x.dtype)
         return x @ w.t() if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
 
 
@@ -234,6 +244,19 @@ class LogVar(nn.Module):
 def unit_norm_weights(module: nn.Module) -> list[str]:
     """Names of the parameters that forced weight normalisation keeps at unit magnitude, row by row. Empty without MPConv layers."""
     return [f"{name}.weight" for name, m in module.named_modules() if isinstance(m, MPConv)]
+
+
+@torch.no_grad()
+def fold_weights(module: nn.Module) -> nn.Module:
+    """Normalise every weight once and for all, in float32, for a frozen network that is only called: forward then skips it.
+
+    Returns the module, changed in place. Its weights are no longer those of a checkpoint: do not train it, save it or load into it.
+    """
+    for m in module.modules():
+        if isinstance(m, MPConv) and not m.folded:
+            m.weight.copy_(m.scaled_weight())
+            m.folded = True
+    return module
 
 
 def from_nvlabs(config: dict, state_dict: dict[str, Tensor]) -> Denoiser:

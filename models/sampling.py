@@ -12,7 +12,7 @@ from tqdm import tqdm
 from models.conditioning import class_labels, concatenate, unconditional
 from models.denoiser import at_least_float32
 from models.noise import Noise
-from models.schedules import EDM
+from models.schedules import EDM, expand
 
 LATENT_CHANNELS = 4  # what has so many is no image, and has no bounds
 DRAW_STREAM = 1_000_000  # of random numbers, which training never touches
@@ -45,11 +45,17 @@ def guided(denoiser: Callable, guidance: float = 1.0, uncond: dict | None = None
 
 @torch.no_grad()
 def ddim(denoiser, latents: Tensor, steps: int, cond: dict | None = None, guidance: float = 1.0, uncond: dict | None = None,
-         guide: Callable | None = None) -> Tensor:
-    """Deterministic DDIM (Song et al. 2021): the Euler method of any (alpha, sigma), along the schedule's own grid."""
+         guide: Callable | None = None, times: Sequence[float] | None = None) -> Tensor:
+    """Deterministic DDIM (Song et al. 2021): the Euler method of any (alpha, sigma).
+
+    times: steps + 1 of them, from noise down to 0, by default the schedule's own grid. A student distilled on other times keeps them
+    in its description.
+    """
     denoise, schedule = guided(denoiser, guidance, uncond, guide), denoiser.schedule
     latents = at_least_float32(latents)
-    times = schedule.grid(steps).to(latents)
+    times = (schedule.grid(steps) if times is None else torch.tensor(times, dtype=torch.float64)).to(latents)
+    if len(times) != steps + 1:
+        raise ValueError(f"{steps} steps want {steps + 1} times, and {len(times)} are given")
     x = latents * schedule.noise_scale(times[0])
     for t, s in zip(times[:-1], times[1:]):
         x = ddim_step(schedule, x, denoise(x, t.expand(len(x)), cond), t, s)
@@ -57,8 +63,8 @@ def ddim(denoiser, latents: Tensor, steps: int, cond: dict | None = None, guidan
 
 
 def ddim_step(schedule, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """From time t down to s along the straight line through x0: x_s = alpha_s x0 + (sigma_s / sigma_t)(x_t - alpha_t x0)."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
+    """From time t down to s along the straight line through x0: x_s = alpha_s x0 + (sigma_s / sigma_t)(x_t - alpha_t x0). t, s: [B] or 0-d."""
+    alpha_t, sigma_t, alpha_s, sigma_s = (expand(c, x_t) for time in (t, s) for c in schedule.alpha_sigma(time))
     return alpha_s * x0 + (sigma_s / sigma_t) * (x_t - alpha_t * x0)
 
 

@@ -13,11 +13,13 @@ from jsonargparse import auto_cli
 
 from models import hub
 from models.autoencoder import Autoencoder
+from models.edm2_unet import fold_weights
 from models.sampling import LATENT_CHANNELS, draw, network_calls
 from trainers import pictures, posthoc
 from trainers.config import ConfigError, DataConfig, require, writable
-from trainers.data import load_images
+from trainers.data import ImageSet, StreamedSet, load_images
 from trainers.demo import demo
+from trainers.evaluation import REAL
 from trainers.latents import make_cache
 from trainers.metrics import class_accuracy, frechet_distance, within_class_std
 from trainers.pairs import make_pairs
@@ -48,7 +50,7 @@ def sample(model: str, out: str = "samples.png", seeds: str = "0-63", labels: li
     require(autoencoder is not None or about["channels"] != LATENT_CHANNELS, f"{model} makes latents: name what decodes them with --autoencoder")
     guiding = _guiding(model, about, guidance, guide, device)
     began = time.time()
-    images, _ = draw(hub.load_denoiser(model, device), about, numbers, batch, labels=chosen, progress="sampling", **guiding)
+    images, _ = draw(fold_weights(hub.load_denoiser(model, device)), about, numbers, batch, labels=chosen, progress="sampling", **guiding)
     print(f"{len(images)} images, {len(images) / (time.time() - began):.1f} images/s, {network_calls(about['sampler'])} network calls each: {out}")
     pictures.grid(Path(out), images if autoencoder is None else Autoencoder(autoencoder, device).decode(images))
 
@@ -65,7 +67,7 @@ def _guiding(model: str, about: dict, guidance: float, guide: str | None, device
     weaker = hub.description(guide)
     for name in ("resolution", "channels"):
         require(weaker[name] == about[name], f"guide {guide} has {name} {weaker[name]}, and {model} has {about[name]}: they must agree")
-    return {"guidance": guidance, "guide": hub.load_denoiser(guide, device)}
+    return {"guidance": guidance, "guide": fold_weights(hub.load_denoiser(guide, device))}
 
 
 def _numbers(seeds: str) -> list[int]:
@@ -85,20 +87,22 @@ def score(run: str, split: str = "all", samples: int = 2000, batch: int = 500) -
         samples: How many to draw, all classes in turn.
         batch: Images drawn at a time.
     """
-    real, real_labels = _data_of(run, split).first(50_000)
-    drawn, labels = draw(hub.load_denoiser(run), hub.description(run), range(samples), batch, progress="sampling")
-    print(f"Fréchet distance on pixels {frechet_distance(drawn, real):.4f} ({samples} samples against {len(real)} images of split {split})")
+    images, resolution = _data_of(run, split)
+    real, real_labels = images.first(REAL)
+    drawn, labels = draw(fold_weights(hub.load_denoiser(run, _device())), hub.description(run), range(samples), batch, progress="sampling")
+    print(f"Fréchet distance on pixels {frechet_distance(drawn, real, resolution=resolution):.4f} ({samples} samples against {len(real)} images "
+          f"of split {split}, at {resolution}x{resolution})")
     if labels is not None:
         print(f"class accuracy {class_accuracy(drawn, labels, real, real_labels):.4f}, within-class std {within_class_std(drawn, labels):.4f} "
               f"(real {within_class_std(real, real_labels):.4f})")
 
 
-def _data_of(run: str, split: str):
-    """The data that a run was trained on."""
+def _data_of(run: str, split: str) -> tuple[ImageSet | StreamedSet, int]:
+    """The data that a run was trained on, and the resolution at which its samples are compared with it."""
     file = Path(run) / "config.yaml"
     require(file.is_file(), f"{run} is not a run's folder: it has no config.yaml")
-    data = yaml.safe_load(file.read_text())["config"]["data"]
-    return load_images(DataConfig(**{**data, "split": split}))
+    config = yaml.safe_load(file.read_text())["config"]
+    return load_images(DataConfig(**{**config["data"], "split": split})), config["eval"]["fd_resolution"] or config["data"]["resolution"]
 
 
 def ema(run: str, sigma_rel: float = 0.1, at: int | None = None, out: str | None = None) -> None:
@@ -129,12 +133,13 @@ def sweep(run: str, sigma_rel: list[float] = [0.03, 0.05, 0.075, 0.1, 0.125, 0.1
         samples: How many to draw for each, of the same noise.
         batch: Images drawn at a time.
     """
-    (real, _), about, curve = _data_of(run, split).first(50_000), posthoc.description(run), []
-    denoiser = hub.build(about).to(_device()).eval()
+    (images, resolution), about, curve = _data_of(run, split), posthoc.description(run), []
+    real, _ = images.first(REAL)
     for width in sigma_rel:
+        denoiser = hub.build(about).to(_device()).eval()
         denoiser.load_state_dict(posthoc.reconstruct(run, width, at))
-        drawn, _ = draw(denoiser, about, range(samples), batch, progress=f"sigma_rel {width}")
-        curve.append((width, frechet_distance(drawn, real)))
+        drawn, _ = draw(fold_weights(denoiser), about, range(samples), batch, progress=f"sigma_rel {width}")
+        curve.append((width, frechet_distance(drawn, real, resolution=resolution)))
         print(f"sigma_rel {width:.3f}: Fréchet distance on pixels {curve[-1][1]:.4f}", flush=True)
     Path(run, "sweep.json").write_text(json.dumps(curve))
     pictures.curve(Path(run, "sweep.png"), curve, "sigma_rel of the average", f"Fréchet distance (pixels, {samples} samples)")

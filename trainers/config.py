@@ -66,6 +66,8 @@ class EvalConfig:
     samples: int = 2000
     batch: int = 500  # images drawn at a time, per rank
     split: str = "all"  # the images that samples are compared with
+    fd_resolution: int = 0  # pixels a side to which both are averaged down for the Fréchet distance, whose features they are; 0: as they are
+    autoencoder: str | None = None  # what decodes latents for OUT/samples: a folder or hub id of an AutoencoderKL
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ class RunConfig:
         for name, value in {"data.classes": self.data.classes, "data.workers": self.data.workers, "loop.save_every": self.loop.save_every,
                             "loop.eval_every": self.loop.eval_every, "loop.snapshot_every": self.loop.snapshot_every}.items():
             require(value >= 0, f"{name} is {value}, and must not be below 0")
+        fd = self.eval.fd_resolution
+        require(fd == 0 or 0 < fd <= self.data.resolution and fd & (fd - 1) == 0,
+                f"eval.fd_resolution is {fd}, and must be a power of two up to data.resolution {self.data.resolution}, or 0")
         require(self.data.fit in ("crop", "pad"), f"data.fit is {self.data.fit!r}, and must be crop or pad")
         require(self.loop.batch % world == 0,
                 f"loop.batch is {self.loop.batch}, which {world} processes cannot share equally: take {_next_multiple(self.loop.batch, world)}")

@@ -5,9 +5,10 @@ Order is a function of (seed, epoch), and a step's images one of (seed, images s
 on any number of processes.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -243,6 +244,7 @@ def load_images(config: DataConfig, progress: bool = True, ahead: bool = True) -
 
     ahead: whether a set that fits in memory is decoded now, rather than image by image when it is read.
     """
+    config = replace(config, source=os.path.expanduser(config.source))
     if config.source == "digits":
         for name, value, wanted in (("resolution", config.resolution, 8), ("channels", config.channels, 1), ("streaming", config.streaming, False)):
             if value != wanted:
@@ -301,7 +303,7 @@ def _split(splits, config: DataConfig):
         return datasets.concatenate_datasets(list(splits.values()))
     if config.split not in splits and len(splits) > 1:
         raise ConfigError(f"data.split is {config.split}, and {config.source} has {', '.join(splits)}")
-    return splits.get(config.split) or next(iter(splits.values()))
+    return splits[config.split] if config.split in splits else next(iter(splits.values()))
 
 
 def _count(rows, config: DataConfig) -> int | None:
@@ -333,7 +335,9 @@ def _check_labels(config: DataConfig, labels: np.ndarray | None) -> None:
         return
     if not np.issubdtype(labels.dtype, np.integer):
         raise ConfigError(f"data.classes is {config.classes}, and the labels of {config.source} are something else than whole numbers")
-    if labels.min() < 0 or labels.max() >= config.classes:
+    if labels.min() < 0:
+        raise ConfigError(f"data.classes is {config.classes}, and {config.source} has labels below 0: number its classes from 0, or set data.classes to 0")
+    if labels.max() >= config.classes:
         raise ConfigError(f"data.classes is {config.classes}, and {config.source} has labels from {labels.min()} to {labels.max()}: "
                           f"set it to {labels.max() + 1}, or to 0 to train without labels")
 

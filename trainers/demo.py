@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from models import hub
+from models.edm2_unet import fold_weights
 from models.sampling import draw, network_calls
 from trainers import pictures
 from trainers.config import HOUSE, DataConfig, require, writable
@@ -64,7 +65,7 @@ def measure(teacher: str, student: str) -> tuple[dict, dict]:
     undistilled = {**about_teacher, "sampler": about_student["sampler"]}
     rows, shown = {}, {}
     for name, path, about in (("teacher", teacher, about_teacher), ("undistilled, 1 step", teacher, undistilled), ("student, 1 step", student, about_student)):
-        denoiser = hub.load_denoiser(path)
+        denoiser = fold_weights(hub.load_denoiser(path))
         began = time.time()
         samples, labels = draw(denoiser, about, range(2000), 500, progress=f"sampling, {name}")
         rows[name] = {**_row(samples, labels, real, train.labels), "network calls": network_calls(about["sampler"]), "images/s": 2000 / (time.time() - began)}

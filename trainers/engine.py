@@ -47,7 +47,7 @@ class Cluster:
         self.stage = plan.zero_stage
         if self.stage and self.world == 1 and not cuda:
             self.stage = None  # one process on a CPU has nothing to shard
-        self.precision = plan.precision
+        self.precision, self.compiler = plan.precision, plan.compiler
         self.accelerator = self._build(plan, networks, cuda, None if out is None else tracker, out)
         self.rank, self.device = self.accelerator.process_index, self.accelerator.device
         if self.accelerator.num_processes != self.world:
@@ -79,7 +79,7 @@ class Cluster:
     def _clean_environment(self, cuda: bool) -> None:
         """Take out of the environment what `accelerate launch` put there and what would contradict our own choices."""
         for key in list(os.environ):
-            if key.startswith("ACCELERATE_DEEPSPEED_") or key in (
+            if key.startswith(("ACCELERATE_DEEPSPEED_", "ACCELERATE_DYNAMO_")) or key in (
                     "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU",
                     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING"):
                 del os.environ[key]
@@ -116,6 +116,12 @@ class Cluster:
         """The precision of a pass. DeepSpeed keeps low-precision weights by itself; elsewhere weights are cast as they are used."""
         low = self.precision != "no" and not self.stage
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False) if low else nullcontext()
+
+    def compiled(self, module: nn.Module) -> nn.Module:
+        """The module, compiled in place at its first call if the launch asks for it. Shapes are fixed, so none is made symbolic."""
+        if self.compiler:
+            module.compile(backend=self.compiler, dynamic=False)
+        return module
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -173,7 +179,7 @@ class Engine:
 
     def __init__(self, cluster: Cluster, name: str, module: nn.Module, config: OptimConfig, micro_batch: int, unit_norm: list[str] = ()):
         self.cluster, self.name, self.config, self.unit_norm = cluster, name, config, set(unit_norm)
-        self.module = module.to(cluster.device)
+        self.module = cluster.compiled(module.to(cluster.device))
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.module, config)
         self.wrapped = self._wrap_deepspeed(micro_batch) if cluster.stage else cluster.accelerator.prepare_model(self.module)

@@ -27,6 +27,7 @@ class Plan:
     processes: int | None = None  # that the file asks for; how many there are is the launcher's choice
     cpu: bool = False
     deepspeed: dict = field(default_factory=dict)  # a DeepSpeed JSON to start from
+    compiler: str | None = None  # torch.compile's backend; None: networks run as they are
 
     @classmethod
     def read(cls, path: str | None) -> "Plan":
@@ -47,7 +48,8 @@ class Plan:
             raise LaunchError(f"--config {path}: distributed_type is {kind}, and must be NO, MULTI_CPU, MULTI_GPU or DEEPSPEED")
         zero = config.get("deepspeed_config", {}) if kind == "DEEPSPEED" else {}
         return cls(path, _stage(path, zero) if kind == "DEEPSPEED" else None, str(config.get("mixed_precision") or "no"),
-                   config.get("num_processes"), bool(config.get("use_cpu")), _deepspeed_base(path, zero))
+                   config.get("num_processes"), bool(config.get("use_cpu")), _deepspeed_base(path, zero),
+                   _compiler((config.get("dynamo_config") or {}).get("dynamo_backend")))
 
     @classmethod
     def from_environment(cls) -> "Plan":
@@ -58,11 +60,20 @@ class Plan:
         if "config_file" in zero:
             zero["deepspeed_config_file"] = zero["config_file"]
         return cls(source, _stage(source, zero) if on else None, env.get("ACCELERATE_MIXED_PRECISION", "no"), None,
-                   env.get("ACCELERATE_USE_CPU", "false").lower() == "true", _deepspeed_base(source, zero))
+                   env.get("ACCELERATE_USE_CPU", "false").lower() == "true", _deepspeed_base(source, zero), _compiler(env.get("ACCELERATE_DYNAMO_BACKEND")))
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
             raise LaunchError(f"{self.source}: mixed_precision is {self.precision}, and must be one of {', '.join(PRECISIONS)}")
+        if self.compiler not in (None, *torch.compiler.list_backends(exclude_tags=None)):
+            raise LaunchError(f"{self.source}: dynamo_backend is {self.compiler}, and this torch has {', '.join(torch.compiler.list_backends())}")
+        if self.compiler and self.zero_stage == 3:
+            raise LaunchError(f"{self.source}: dynamo_backend is {self.compiler}, and ZeRO-3 fetches weights layer by layer, which cannot be compiled: "
+                              f"take zero_stage 2, or dynamo_backend no")
+
+
+def _compiler(backend) -> str | None:
+    return None if backend in (None, False) or str(backend).lower() == "no" else str(backend).lower()  # YAML reads a bare NO as false
 
 
 def _deepspeed_base(source: str, zero: dict) -> dict:

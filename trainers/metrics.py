@@ -7,22 +7,26 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 class Pixels(nn.Module):
-    """The images themselves as features: a trustworthy distance for small ones, and no weights to fetch."""
+    """The images themselves as features, averaged down to `resolution`: no weights to fetch.
 
-    def __init__(self, numel: int):
+    A distance to be trusted where there are several times as many images as features; the smaller, the blinder to detail.
+    """
+
+    def __init__(self, channels: int, resolution: int):
         super().__init__()
-        self.num_features = numel
+        self.num_features, self.resolution = channels * resolution**2, resolution
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
+        return nn.functional.adaptive_avg_pool2d(images, self.resolution).flatten(1)
 
 
-def frechet_distance(images: Tensor, reference: Tensor, features: nn.Module | None = None) -> float:
-    """Fréchet distance between Gaussians fitted to the features of two sets of images [n, C, H, W]; pixels by default.
+def frechet_distance(images: Tensor, reference: Tensor, features: nn.Module | None = None, resolution: int = 0) -> float:
+    """Fréchet distance between Gaussians fitted to the features of two sets of images [n, C, R, R].
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), in float64.
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), in float64. features: by default pixels, of images averaged down to `resolution` (0: as they are).
     """
-    metric = FrechetInceptionDistance(feature=features or Pixels(images[0].numel())).set_dtype(torch.float64)
+    features = features or Pixels(images.shape[1], resolution or images.shape[2])
+    metric = FrechetInceptionDistance(feature=features).set_dtype(torch.float64)
     for part, real in ((reference, True), (images, False)):
         for chunk in part.double().split(1000):
             metric.update(chunk, real=real)

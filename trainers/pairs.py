@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models import hub
 from models.conditioning import class_labels
+from models.edm2_unet import fold_weights
 from models.noise import Noise
 from models.sampling import sample
 from trainers.config import require, writable
@@ -44,7 +45,7 @@ def make_pairs(teacher: str, out: str, count: int, seed: int = 0, batch: int = 5
     identity = _identity(teacher, seed)
     shards = _shards(out, identity)
     shards.claim(identity, f"{out} holds pairs of another teacher, sampler or seed: give another folder")
-    denoiser = hub.load_denoiser(teacher, device)
+    denoiser = fold_weights(hub.load_denoiser(teacher, device))
     files = shards.mine(count)
     with shards.bar(files, "pair") as bar:
         for rows in files:

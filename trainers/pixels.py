@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import fsspec
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from trainers.config import ConfigError, DataConfig
@@ -26,7 +26,8 @@ def decode(rows: Sequence[dict], i: int, config: DataConfig, first: int = 0) -> 
         except UNDECODABLE as error:
             name = row.get("path") or f"image {first + j} of {config.source}"
             if not config.skip_bad:
-                raise ConfigError(f"{name} is not an image that decodes ({error}): remove it, or set data.skip_bad") from None
+                reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error  # whose own message names a buffer
+                raise ConfigError(f"{name} is not an image that decodes ({reason}): remove it, or set data.skip_bad") from None
     raise ConfigError(f"none of {len(rows)} images in a row of {config.source} decodes")
 
 

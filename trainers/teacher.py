@@ -11,6 +11,7 @@ import yaml
 
 from models import hub
 from models.denoiser import Denoiser
+from models.edm2_unet import fold_weights
 from trainers.config import ConfigError, DataConfig, recipe_path, require
 
 
@@ -68,8 +69,8 @@ def check_teacher(path: str, data: DataConfig) -> dict:
 
 
 def load_teacher(path: str, cluster) -> Denoiser:
-    """On this rank's device, in eval mode, without gradient, in the run's precision. Buffers keep float32."""
-    teacher = hub.load_denoiser(path, cluster.device)
+    """On this rank's device, in eval mode, without gradient, in the run's precision. Buffers keep float32. It is for calling only."""
+    teacher = fold_weights(hub.load_denoiser(path, cluster.device))
     for p in teacher.parameters():
         p.data = p.data.to(cluster.dtype)
-    return teacher
+    return cluster.compiled(teacher)

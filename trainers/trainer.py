@@ -10,8 +10,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,15 +18,14 @@ from torch import Tensor
 
 from models import hub
 from models.denoiser import Denoiser
-from models.sampling import draw
 from trainers import checkpoint, posthoc
 from trainers.config import ConfigError, RunConfig, check_same_run, load_config, write_config
 from trainers.data import Batch, ImageSet, StreamedSet, batches, load_images
 from trainers.ema import ShardedEMA
 from trainers.engine import Cluster, Engine
+from trainers.evaluation import Evaluation
 from trainers.launch import LaunchError, Plan
 from trainers.logs import Meter, RunLog
-from trainers.metrics import frechet_distance
 from trainers.optim import learning_rate
 
 
@@ -84,8 +82,7 @@ class Trainer(ABC):
 
     def fit(self) -> None:
         """Train to the end, from the latest good checkpoint if there is one, and write the result."""
-        if self.config.loop.eval_every:
-            _ = self.real_images  # what is wrong with them is said now, not at the first evaluation
+        self.evaluation = Evaluation(self.config, self.cluster, self.images) if self.config.loop.eval_every else None
         self.build()
         self._resume()
         if self.cluster.is_main:
@@ -118,7 +115,7 @@ class Trainer(ABC):
                 self._report((self.images_seen - counted) / (time.time() - clock))
                 clock, counted = time.time(), self.images_seen
             if self._due(loop.eval_every) or done and loop.eval_every:
-                self.log.write(self.images_seen, {"fd": self.evaluate()})
+                self.log.write(self.images_seen, {"fd": self.evaluation(self.average(), self.description, self.images_seen)})
                 clock, counted = time.time(), self.images_seen
             if self._due(loop.snapshot_every):
                 posthoc.write(self.out, self.images_seen, self.description, self.engines[self.result][1], self.cluster)
@@ -157,22 +154,6 @@ class Trainer(ABC):
         denoiser = hub.build(self.description)
         denoiser.load_state_dict(posthoc.denoiser_tensors(ema.gather()))
         return denoiser.to(self.cluster.device).eval().requires_grad_(False)
-
-    def evaluate(self) -> float:
-        """Fréchet distance of the average's samples to real images, on pixels. Training is left as it was."""
-        config, world = self.config.eval, self.cluster.world
-        each = -(-config.samples // world)
-        numbers = range(self.cluster.rank * each, (self.cluster.rank + 1) * each)
-        samples, _ = draw(self.average(), self.description, numbers, config.batch, self.config.seed)
-        return frechet_distance(self.cluster.gather(samples.to(self.cluster.device))[:config.samples].cpu(), self.real_images)
-
-    @cached_property
-    def real_images(self) -> Tensor:
-        """Those that samples are compared with."""
-        config = self.config
-        same = config.eval.split == config.data.split
-        images = self.images if same else load_images(replace(config.data, split=config.eval.split), self.cluster.is_main)
-        return images.first(50_000)[0]
 
     # -- keeping
 

@@ -334,7 +334,7 @@ def test_empty_parquet_is_refused(tmp_path):
         load_images(DataConfig(source=parquet(tmp_path / "x.parquet", []), classes=0))
 
 
-@pytest.mark.parametrize("labels, words", [([0, 7], ("7", "set it to 8")), ([-1, 1], ("-1",))])
+@pytest.mark.parametrize("labels, words", [([0, 7], ("7", "set it to 8")), ([-1, 1], ("below 0", "number its classes from 0"))])
 def test_labels_out_of_range_are_refused(tmp_path, labels, words):
     """Labels that data.classes does not cover are refused, with the mend."""
     with check_refused("data.classes is 3", *words):
