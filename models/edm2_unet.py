@@ -50,7 +50,10 @@ def resample(x: Tensor, mode: str, taps: tuple[float, ...]) -> Tensor:
     if mode == "keep":
         return x
     if len(taps) == 2 and taps[0] == taps[1]:  # the default filter is pooling and repetition, bit for bit, and those are faster
-        return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
+        if mode == "down":
+            return F.avg_pool2d(x, 2)
+        B, C, H, W = x.shape  # repeated by hand: interpolate takes five times as long on a CPU
+        return x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).reshape(B, C, 2 * H, 2 * W)
     f = torch.tensor(taps, dtype=torch.float32, device=x.device)
     f = (torch.outer(f, f) / f.sum() ** 2).to(x.dtype).expand(x.shape[1], 1, -1, -1)
     if mode == "down":

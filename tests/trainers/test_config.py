@@ -209,7 +209,7 @@ def test_writable_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    "--images 0", "--loop.batch 0", "--loop.keep 0", "--loop.log_every -1", "--eval.samples 0", "--eval.batch 0",
+    "--images 0", "--loop.batch 0", "--eval.fd_resolution 3", "--eval.fd_resolution 16", "--loop.keep 0", "--loop.log_every -1", "--eval.samples 0", "--eval.batch 0",
     "--data.resolution 12", "--data.fit stretch", "--data.channels 0", "--data.channels 2", "--data.classes -1",
     "--data.workers -1", "--sampling_steps 0", "--sigma_data 0", "--network.channel_mult [1,1,1,1,1]",
     "--network.channels_per_head 64", "--optimizer.lr -0.1", "--optimizer.accumulation 0",

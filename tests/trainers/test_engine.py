@@ -249,6 +249,8 @@ def test_state_round_trip_goes_on_bit_for_bit():
     ("a: [\n", "not YAML"),
     ('distributed_type: "NO"\nmixed_precision: fp8\n', "mixed_precision is fp8"),
     ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 4}\n", "zero_stage is 4"),
+    ('distributed_type: "NO"\ndynamo_config: {dynamo_backend: INDUCTR}\n', "dynamo_backend is inductr"),
+    ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}\ndynamo_config: {dynamo_backend: INDUCTOR}\n", "take zero_stage 2"),
 ])
 def test_bad_accelerate_configurations_are_one_sentence(tmp_path, content, said):
     """Each names the file, the value and what it must be."""
@@ -262,10 +264,27 @@ def test_bad_accelerate_configurations_are_one_sentence(tmp_path, content, said)
 def test_the_launchers_environment_says_the_same_as_the_file(monkeypatch, tmp_path):
     """A plan from what `accelerate launch --config_file` exports equals one from --config."""
     for key, value in {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_MIXED_PRECISION": "bf16",
-                       "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}.items():
+                       "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu", "ACCELERATE_DYNAMO_BACKEND": "NO"}.items():
         monkeypatch.setenv(key, value)
     (tmp_path / "c.yaml").write_text("distributed_type: DEEPSPEED\nmixed_precision: bf16\n"
-                                     "deepspeed_config: {zero_stage: 3, offload_optimizer_device: cpu, offload_param_device: none}\n")
+                                     "deepspeed_config: {zero_stage: 3, offload_optimizer_device: cpu, offload_param_device: none}\n"
+                                     "dynamo_config: {dynamo_backend: no}\n")
     a, b = Plan.from_environment(), Plan.from_file(str(tmp_path / "c.yaml"))
-    assert (a.zero_stage, a.precision, a.deepspeed) == (b.zero_stage, b.precision, b.deepspeed) == \
-        (3, "bf16", {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}})
+    assert (a.zero_stage, a.precision, a.deepspeed, a.compiler) == (b.zero_stage, b.precision, b.deepspeed, b.compiler) == \
+        (3, "bf16", {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}}, None)
+
+
+def test_compiled_training_is_training(tmp_path):
+    """A launch with a dynamo backend compiles the network once, and its updates are those of a launch without."""
+    from torch._dynamo.utils import counters
+
+    (tmp_path / "c.yaml").write_text('distributed_type: "NO"\nuse_cpu: true\ndynamo_config: {dynamo_backend: AOT_EAGER}\n')
+    ends = []
+    for plan in (Plan("test"), Plan.from_file(str(tmp_path / "c.yaml"))):
+        torch._dynamo.reset()
+        counters.clear()
+        e = Engine(Cluster(("net",), plan), "net", net(), OptimConfig(lr=0.01), 8)
+        for step in range(3):
+            e.update(squares(e), [data(seed=step)])
+        ends.append((weights(e), counters["stats"]["unique_graphs"]))
+    assert same(ends[0][0], ends[1][0], 1e-6) and [graphs for _, graphs in ends] == [0, 1]

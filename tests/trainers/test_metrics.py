@@ -86,3 +86,13 @@ def test_class_accuracy_counts_wrong_classes(wrong):
     asked = labels.clone()
     asked[:wrong] = (asked[:wrong] + 1) % 4
     assert class_accuracy(images, asked, images, labels) == pytest.approx(1 - wrong / 40)
+
+
+def test_frechet_distance_of_images_averaged_down():
+    """At a lower resolution it is the distance of block means: blind to detail, and the same for what has the same means."""
+    torch.manual_seed(0)
+    coarse = torch.randn(2, 200, 1, 4, 4, dtype=torch.float64)
+    a, b = (c.repeat_interleave(2, 2).repeat_interleave(2, 3) for c in coarse)
+    checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64).repeat(4, 4)
+    assert frechet_distance(a + checks, b, resolution=4) == pytest.approx(frechet_distance(coarse[0], coarse[1]), rel=1e-9)
+    assert frechet_distance(a + checks, b) > frechet_distance(a, b) + 60
