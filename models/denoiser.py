@@ -83,6 +83,20 @@ class Denoiser(nn.Module):
         return (x0, found) if features else x0
 
 
+class Translated:
+    """A denoiser asked on another schedule: at its own time of the same signal-to-noise ratio, with its input scaled to match."""
+
+    def __init__(self, denoiser, schedule: Schedule):
+        self.denoiser, self.schedule = denoiser, schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: dict | None = None) -> Tensor:
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        s = self.denoiser.schedule.at_angle(torch.atan2(sigma, alpha))
+        own_alpha, own_sigma = self.denoiser.schedule.alpha_sigma(s)
+        scale = ((own_alpha**2 + own_sigma**2) / (alpha**2 + sigma**2)).sqrt()
+        return self.denoiser(x_t * expand(scale, x_t).to(x_t.dtype), s, cond)
+
+
 class Score(NamedTuple):
     x0: Tensor | None  # [B, C, H, W]
     logvar: Tensor | None  # [B]

@@ -146,16 +146,17 @@ class EDM2UNet(nn.Module):
     x [B, img_channels, R, R], c_noise [B], cond {"labels": [B]} -> [B, img_channels, R, R]. `features` are the last
     encoder output, [B, C, R / 2^levels, ...]. Labels of -1, or cond None, are the all-zero label. A block whose width is
     below channels_per_head has no attention, wherever it is asked for: that is how the published network behaves.
+    guided: the strength of guidance is an input, cond["guidance"] [B] (Meng et al. 2023, section 3).
     """
 
     def __init__(self, img_resolution: int, img_channels: int, label_dim: int = 0, model_channels: int = 192,
                  channel_mult=(1, 2, 3, 4), channel_mult_noise: int | None = None, channel_mult_emb: int | None = None,
-                 num_blocks: int = 3, attn_resolutions=(16, 8), label_balance: float = 0.5, concat_balance: float = 0.5, **block):
+                 num_blocks: int = 3, attn_resolutions=(16, 8), label_balance: float = 0.5, concat_balance: float = 0.5, guided: bool = False, **block):
         super().__init__()
         self.config = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
                            model_channels=model_channels, channel_mult=list(channel_mult), channel_mult_noise=channel_mult_noise,
                            channel_mult_emb=channel_mult_emb, num_blocks=num_blocks, attn_resolutions=list(attn_resolutions),
-                           label_balance=label_balance, concat_balance=concat_balance, **block)
+                           label_balance=label_balance, concat_balance=concat_balance, guided=guided, **block)
         self.label_dim, self.label_balance, self.concat_balance = label_dim, label_balance, concat_balance
         widths = [model_channels * m for m in channel_mult]
         noise = model_channels * channel_mult_noise if channel_mult_noise is not None else widths[0]
@@ -164,6 +165,10 @@ class EDM2UNet(nn.Module):
         self.emb_fourier = MPFourier(noise)
         self.emb_noise = MPConv(noise, emb, ())
         self.emb_label = MPConv(label_dim, emb, ()) if label_dim else None
+        if guided:
+            self.emb_guidance_fourier, self.emb_guidance = MPFourier(noise), MPConv(noise, emb, ())
+            self.guidance_gain = nn.Parameter(torch.zeros(1))  # at first, the strength changes nothing
+        self.guided = guided
         self.enc, skips = self._encoder(img_resolution, img_channels + 1, widths, emb, num_blocks, attn_resolutions, block)
         self.feature_channels = skips[-1]
         self.feature_resolution = img_resolution >> (len(widths) - 1)
@@ -228,6 +233,9 @@ class EDM2UNet(nn.Module):
             labels = c_noise.new_full(c_noise.shape, -1, dtype=torch.long) if cond is None else cond["labels"]
             onehot = F.one_hot(labels.clamp(min=0), self.label_dim) * (labels >= 0)[:, None]
             emb = mp_sum(emb, self.emb_label(onehot.to(emb.dtype) * math.sqrt(self.label_dim)), self.label_balance)
+        if self.guided:
+            w = torch.ones_like(c_noise) if cond is None else cond["guidance"]
+            emb = emb + self.emb_guidance(self.emb_guidance_fourier(w).to(emb.dtype), gain=self.guidance_gain)
         return mp_silu(emb)
 
 

@@ -1,10 +1,12 @@
 """Loading and saving denoisers. A folder holds `config.json`, which says what to build, and `model.safetensors`.
 
 Nothing here unpickles anything. NVlabs' snapshots, which end in .pkl, are read by `models/snapshots.py`; nothing in them is run.
+Folders of diffusers' pipelines, which hold a model_index.json, are read by `models/diffusers_folder.py`. Either may be on the hub.
 """
 
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -13,12 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.denoiser import Denoiser
+from models.diffusers_unet import DiffusersUNet
 from models.edm2_unet import EDM2UNet, LogVar
-from models.schedules import EDM, CosineVP, DiscreteVP, Flow
+from models.schedules import EDM, CosineVP, DiscreteVP, Flow, Schedule
 
-BACKBONES = {"EDM2UNet": EDM2UNet}
+BACKBONES = {"EDM2UNet": EDM2UNet, "DiffusersUNet": DiffusersUNet}
 PARTS = ("backbone", "schedule", "prediction", "logvar", "resolution", "channels", "classes", "sampler")  # of a description
 SCHEDULES = {"CosineVP": CosineVP, "DiscreteVP": DiscreteVP, "EDM": EDM, "Flow": Flow}
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
+HUB_WEIGHTS = ["model.safetensors", "model/model.safetensors", "diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors"]
 
 
 class ModelError(ValueError):
@@ -53,6 +58,11 @@ def _make(part: dict, known: dict[str, type]):
     return known[part["type"]](**{key: value for key, value in part.items() if key != "type"})
 
 
+def schedule_of(description: dict) -> Schedule:
+    """A described model's noise schedule."""
+    return _make(description["schedule"], SCHEDULES)
+
+
 def model_folder(path: str) -> Path:
     """A run's folder or a model's own -> the model's. Raises ModelError where there is none."""
     for folder in (Path(path), Path(path) / "model"):
@@ -67,10 +77,47 @@ def _snapshots():
     return snapshots
 
 
+def _pipelines():
+    from models import diffusers_folder  # not at the top: it imports this module
+
+    return diffusers_folder
+
+
+def _local(path: str) -> str:
+    """The id of a model on the hub -> the folder of its copy here, fetched if need be; any other path -> itself."""
+    if Path(path).exists() or Path(path).parts[0] in os.listdir() or not HUB_ID.fullmatch(str(path)):
+        return path  # runs/x is no id where there are runs
+    folder = _fetch(path, ["*.json"])
+    if _pipelines().is_pipeline(folder):
+        _pipelines().description(folder)  # what is not supported is refused before its weights are fetched
+    return _fetch(path, ["*.json", *HUB_WEIGHTS])
+
+
+def _fetch(name: str, files: list[str]) -> str:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=files)
+    except Exception as error:  # huggingface_hub raises a dozen kinds for what is missing or out of reach
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{name}: there is no such folder here, and no such model could be fetched from the hub ({reason})") from None
+
+
+def weights_file(path: str) -> Path:
+    """The file that a model's weights are in, wherever it comes from. Raises ModelError where there is none."""
+    if str(path).endswith(".pkl"):
+        return Path(path)
+    path = _local(path)
+    return _pipelines().weights_file(path) if _pipelines().is_pipeline(path) else model_folder(path) / "model.safetensors"
+
+
 def description(path: str) -> dict:
     """What is known of a saved model without building it: the content of its config.json."""
     if str(path).endswith(".pkl"):
         return _snapshots().description(path)
+    path = _local(path)
+    if _pipelines().is_pipeline(path):
+        return _pipelines().description(path)
     file = model_folder(path) / "config.json"
     try:
         found = json.loads(file.read_text())
@@ -83,9 +130,15 @@ def description(path: str) -> dict:
 
 
 def load_denoiser(path: str, device: torch.device | str = "cpu") -> Denoiser:
-    """A frozen denoiser in eval mode, from a run's folder, a model's or a snapshot. Raises ModelError where that cannot be."""
+    """A frozen denoiser in eval mode, from a run's folder, a model's, a diffusers pipeline's, a hub id or a snapshot.
+
+    Raises ModelError where that cannot be.
+    """
     if str(path).endswith(".pkl"):
         return _snapshots().load_nvlabs(path)[0].to(device)
+    path = _local(path)
+    if _pipelines().is_pipeline(path):
+        return _pipelines().load(path).to(device).eval().requires_grad_(False)
     folder = model_folder(path)
     denoiser = build(description(path))
     try:

@@ -19,14 +19,14 @@ DRAW_STREAM = 1_000_000  # of random numbers, which training never touches
 
 
 class Guided:
-    """Guidance: x0 = weak + w (strong - weak), so w = 1 is none.
+    """Guidance: x0 = weak + w (strong - weak), so w = 1 is none. w: a number, or [B].
 
     strong is the denoiser under its condition. weak is the same network under `uncond`, in one batched pass (classifier-free
     guidance; Ho & Salimans 2021), or another network, `guide`, under the same condition: a smaller and less trained one
     (autoguidance; Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself"), or an unconditional one.
     """
 
-    def __init__(self, denoiser: Callable, guidance: float, uncond: dict | None = None, guide: Callable | None = None):
+    def __init__(self, denoiser: Callable, guidance: float | Tensor, uncond: dict | None = None, guide: Callable | None = None):
         self.denoiser, self.guidance, self.uncond, self.guide, self.schedule = denoiser, guidance, uncond, guide, denoiser.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: dict | None) -> Tensor:
@@ -36,7 +36,19 @@ class Guided:
         else:
             uncond = unconditional(cond) if self.uncond is None else self.uncond
             weak, strong = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), concatenate(uncond, cond)).chunk(2)
-        return weak + self.guidance * (strong - weak)
+        w = expand(self.guidance, x_t) if torch.is_tensor(self.guidance) else self.guidance
+        return weak + w * (strong - weak)
+
+
+class GuidedByCondition:
+    """Guidance whose strength is in cond["guidance"] [B], for a denoiser that does not take it."""
+
+    def __init__(self, denoiser: Callable):
+        self.denoiser, self.schedule = denoiser, denoiser.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+        plain = {key: value for key, value in cond.items() if key != "guidance"}
+        return Guided(self.denoiser, cond["guidance"])(x_t, t, plain)
 
 
 def guided(denoiser: Callable, guidance: float = 1.0, uncond: dict | None = None, guide: Callable | None = None) -> Callable:

@@ -26,7 +26,7 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
 
 
 class Schedule(ABC):
-    """A noise schedule. A new one defines `t_max`, `alpha_sigma`, `time` and `config`, and may redefine the rest."""
+    """A noise schedule. A new one defines `t_max`, `alpha_sigma`, `time`, `at_angle` and `config`, and may redefine the rest."""
 
     t_max: float
 
@@ -37,6 +37,10 @@ class Schedule(ABC):
     @abstractmethod
     def time(self, u: Tensor | float) -> Tensor:
         """Quantile u in [0, 1] -> time. u = 1 is t_max; uniform u samples the schedule's own density of times."""
+
+    @abstractmethod
+    def at_angle(self, angle: Tensor) -> Tensor:
+        """The time at which atan2(sigma, alpha) is `angle`, or the nearest that a network has seen: how schedules are translated."""
 
     @abstractmethod
     def config(self) -> dict:
@@ -81,6 +85,9 @@ class CosineVP(Schedule):
     def time(self, u):
         return _tensor(u)
 
+    def at_angle(self, angle):
+        return ((angle - self.margin) / (math.pi / 2 - 2 * self.margin)).clamp(0, 1)
+
     def config(self):
         return {"logsnr_max": self.logsnr_max}
 
@@ -89,7 +96,7 @@ class DiscreteVP(Schedule):
     """The T discrete levels of DDPM. Time is index + 1 in 1..T; 0 is clean data.
 
     betas: [T], the variance added at each level. `zero_terminal_snr` rescales them so that alpha_T = 0
-    (Lin et al. 2023, algorithm 1).
+    (Lin et al. 2023, algorithm 1). Between levels, alpha^2 is interpolated.
     """
 
     def __init__(self, betas, zero_terminal_snr: bool = False):
@@ -99,7 +106,15 @@ class DiscreteVP(Schedule):
         alpha = torch.cumprod(1 - self.betas, 0).sqrt()
         if zero_terminal_snr:
             alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
-        self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), alpha])  # [T + 1], by time
+        self.bar = torch.cat([torch.ones(1, dtype=torch.float64), alpha**2])  # [T + 1], alpha^2 by time
+        self.on = {self.bar.device: self.bar}  # and its copies on other devices
+
+    @classmethod
+    def cosine(cls, levels: int) -> "DiscreteVP":
+        """CosineVP at t = 1/levels .. 1, with alpha = 0 at the last: what plain diffusers schedulers can follow exactly."""
+        bar = torch.cos(torch.arange(levels + 1, dtype=torch.float64) / levels * math.pi / 2) ** 2
+        bar[-1] = 0
+        return cls(1 - bar[1:] / bar[:-1])
 
     @classmethod
     def from_scheduler_config(cls, config) -> "DiscreteVP":
@@ -119,13 +134,25 @@ class DiscreteVP(Schedule):
             raise ValueError(f"beta_schedule {kind!r} is not supported: use linear, scaled_linear, squaredcos_cap_v2 or trained_betas")
         return cls(betas, zero_terminal_snr=config.get("rescale_betas_zero_snr", False))
 
+    def _bar(self, device: torch.device) -> Tensor:
+        if device not in self.on:
+            self.on[device] = self.bar.to(device)
+        return self.on[device]
+
     def alpha_sigma(self, t):
         t = _tensor(t)
-        alpha = self.alpha.to(t.device)[t.round().long()]
-        return alpha.to(t.dtype), (1 - alpha**2).clamp(min=0).sqrt().to(t.dtype)
+        bar, level = self._bar(t.device), t.double().floor().clamp(0, self.t_max - 1)
+        bar = torch.lerp(bar[level.long()], bar[level.long() + 1], t.double() - level)
+        return bar.sqrt().to(t.dtype), (1 - bar).clamp(min=0).sqrt().to(t.dtype)
 
     def time(self, u):
         return (_tensor(u) * self.t_max).ceil().clamp(min=1)
+
+    def at_angle(self, angle):
+        bar, wanted = self._bar(angle.device), angle.double().cos().square()
+        level = (torch.searchsorted(-bar, -wanted) - 1).clamp(1, int(self.t_max) - 1)
+        share = (bar[level] - wanted) / (bar[level] - bar[level + 1])
+        return (level + share.clamp(0, 1)).to(angle.dtype)
 
     def grid(self, n):
         if n > self.t_max:
@@ -158,6 +185,9 @@ class EDM(Schedule):
         u = 1 - torch.arange(n, dtype=torch.float64) / max(n - 1, 1)
         return torch.cat([self.time(u), torch.zeros(1, dtype=torch.float64)])
 
+    def at_angle(self, angle):
+        return angle.tan().abs().clamp(self.sigma_min, self.sigma_max)  # abs: float32 has pi/2 a little beyond it
+
     def conditioning(self, t):
         return _tensor(t).log() / 4
 
@@ -183,6 +213,9 @@ class Flow(Schedule):
     def time(self, u):
         u = _tensor(u)
         return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def at_angle(self, angle):
+        return angle.sin() / (angle.sin() + angle.cos().clamp(min=0))
 
     def conditioning(self, t):
         return _tensor(t) * 1000

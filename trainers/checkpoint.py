@@ -89,6 +89,11 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
+def images_of(folder: Path) -> int:
+    """Images seen when it was written."""
+    return int(folder.name)
+
+
 def load(folder: Path, networks: dict) -> dict:
     """Put a checkpoint into engines and their averages; returns its `state` with "images". Every rank calls it."""
     manifest = json.loads((folder / MANIFEST).read_text())

@@ -14,8 +14,10 @@ from jsonargparse import auto_cli
 from models import hub
 from models.autoencoder import Autoencoder
 from models.edm2_unet import fold_weights
+from models.export import export as export_model
 from models.sampling import LATENT_CHANNELS, draw, network_calls
 from trainers import pictures, posthoc
+from trainers.compare import ladder_table, students
 from trainers.config import ConfigError, DataConfig, require, writable
 from trainers.data import ImageSet, StreamedSet, load_images
 from trainers.demo import demo
@@ -145,6 +147,20 @@ def sweep(run: str, sigma_rel: list[float] = [0.03, 0.05, 0.075, 0.1, 0.125, 0.1
     pictures.curve(Path(run, "sweep.png"), curve, "sigma_rel of the average", f"Fréchet distance (pixels, {samples} samples)")
 
 
+def ladder(run: str, split: str = "all", samples: int = 2000, batch: int = 500) -> None:
+    """Measure every student of a progressive run beside its teacher, undistilled, at the same number of steps: RUN/ladder.md and pictures.
+
+    Args:
+        run: A run's folder.
+        split: The part of the data to measure against.
+        samples: How many to draw for each, of the same noise.
+        batch: Images drawn at a time.
+    """
+    students(run)
+    images, resolution = _data_of(run, split)
+    print(f"\n{ladder_table(run, images.first(REAL)[0], resolution, samples, batch, _device())}\n\n{run}/ladder.png, {run}/ladder_samples.png")
+
+
 def pairs(teacher: str = "runs/demo/teacher", out: str = "runs/demo/pairs", count: int = 10_000, seed: int = 0, batch: int = 500) -> None:
     """Write noise-image pairs of a teacher's deterministic sampler, for DMD's regression. Run it again to go on.
 
@@ -195,6 +211,20 @@ def convert(snapshot: str, out: str) -> None:
     print(f"{out}: a {about['resolution']}x{about['resolution']} EDM2 network of {about['channels']} channels and {about['classes']} classes")
 
 
+def export(run: str, to: str = "diffusers", out: str | None = None) -> None:
+    """Write a model as a folder that diffusers loads without this package; of a distilled run, each stage.
+
+    Args:
+        run: A run's folder, or a model's.
+        to: "diffusers".
+        out: The folder to write, or that of the stages; by default RUN/diffusers.
+    """
+    require(to == "diffusers", f"to is {to!r}, and diffusers is what there is")
+    out = out or f"{run.removesuffix('.pkl')}/diffusers"
+    for line in export_model(run, out):
+        print(line)
+
+
 def _device() -> str:
     """This process's own."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -203,7 +233,7 @@ def _device() -> str:
 def main() -> None:
     arguments = [re.sub("^--[a-z-]+", lambda option: "--" + option[0][2:].replace("-", "_"), word) for word in sys.argv[1:]]  # --sigma-rel too
     try:
-        auto_cli([demo, sample, score, pairs, cache, ema, sweep, convert], args=arguments, prog="fewstep", description=__doc__)
+        auto_cli([demo, sample, score, pairs, cache, ema, sweep, convert, export, ladder], args=arguments, prog="fewstep", description=__doc__)
     except (ConfigError, hub.ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -89,7 +89,7 @@ class RunConfig:
         positive = {"images": self.images, "loop.batch": self.loop.batch, "loop.log_every": self.loop.log_every, "loop.keep": self.loop.keep,
                     "eval.samples": self.eval.samples, "eval.batch": self.eval.batch, "loop.max_refused": self.loop.max_refused}
         for name, value in positive.items():
-            require(value > 0, f"{name} is {value}, and must be above 0")
+            require(value is None or value > 0, f"{name} is {value}, and must be above 0")
         require(self.data.resolution > 0 and self.data.resolution & (self.data.resolution - 1) == 0,
                 f"data.resolution is {self.data.resolution}, and must be a power of two")
         require(self.data.channels in (1, 3, 4), f"data.channels is {self.data.channels}, and must be 1 or 3 for images, 4 for latents")
@@ -149,7 +149,7 @@ def recipe_path(name: str) -> Path:
         if path.is_file():
             return path
     known = sorted(p.stem for p in (HOUSE / "recipes").glob("*.yaml"))
-    raise ConfigError(f"recipe {name} is unknown{_nearest(Path(name).stem, known)}; there are {', '.join(known)}")
+    raise ConfigError(f"recipe {name} is unknown{nearest(Path(name).stem, known)}; there are {', '.join(known)}")
 
 
 def load_config(cls: type, argv: list[str], default_recipe: str, method: str):
@@ -163,12 +163,12 @@ def load_config(cls: type, argv: list[str], default_recipe: str, method: str):
     made_for = content.pop("method", method)
     require(made_for == method, f"recipe {recipe} is for trainers/{made_for}.py, not trainers/{method}.py")
     known = _leaves(cls)
-    given = _flatten(content)
+    given = _flatten(content, known)
     for key in given:
-        require(key in known, f"recipe {recipe} has an unknown key {key}{_nearest(key, known)}")
+        require(key in known, f"recipe {recipe} has an unknown key {key}{nearest(key, known)}")
     for argument in argv:
         key = argument.removeprefix("--").split("=")[0]
-        require(not argument.startswith("--") or key in known or key == "help", f"--{key} is unknown{_nearest(key, known)}")
+        require(not argument.startswith("--") or key in known or key == "help", f"--{key} is unknown{nearest(key, known)}")
     parser = _Parser(prog=f"trainers/{method}.py", description=cls.__doc__, exit_on_error=True)
     parser.add_class_arguments(cls, as_group=False)
     from_recipe = [f"--{key}={_argument(value)}" for key, value in given.items()]
@@ -202,14 +202,16 @@ def _leaves(cls: type, prefix: str = "") -> list[str]:
     return names
 
 
-def _flatten(content: dict, prefix: str = "") -> dict:
+def _flatten(content: dict, whole: list[str] = (), prefix: str = "") -> dict:
+    """Sections opened up; a field that is itself a dict, named in `whole`, stays one."""
     flat = {}
     for key, value in content.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, whole, f"{name}.") if isinstance(value, dict) and name not in whole else {name: value}
     return flat
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
     found = difflib.get_close_matches(name, known, 1, 0.5)
     return f" (did you mean {found[0]}?)" if found else ""
 

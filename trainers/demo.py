@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,27 +14,39 @@ from models import hub
 from models.edm2_unet import fold_weights
 from models.sampling import draw, network_calls
 from trainers import pictures
+from trainers.compare import ladder_table
 from trainers.config import HOUSE, DataConfig, require, writable
 from trainers.data import load_images
+from trainers.evaluation import REAL
 from trainers.metrics import class_accuracy, frechet_distance, within_class_std
 
 COLUMNS = ("FD all", "FD held back", "class accuracy", "within-class std", "network calls", "images/s")
 
 
-def demo(out: str = "runs/demo", processes: int | None = None) -> None:
+def demo(what: Literal["dmd", "progressive"] = "dmd", out: str = "runs/demo", processes: int | None = None) -> None:
     """Pretrain a teacher on real handwritten digits, distil it to one step, and show both. About five minutes on two CPU cores.
 
     Args:
+        what: How to distil: by matching distributions, or progressively, from 64 steps to one.
         out: The folder to write to. What is there already is not done again.
         processes: How many processes train; by default two on a CPU with two cores, else one.
     """
     writable(out)
     started = time.time()
     processes = processes or (1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
-    teacher, student = f"{out}/teacher", f"{out}/student"
+    teacher, student = f"{out}/teacher", f"{out}/{'student' if what == 'dmd' else what}"
     _train("edm2", processes, "--out", teacher)
-    _train("dmd", processes, "--out", student, "--teacher", teacher)
+    _train(what, processes, "--out", student, "--teacher", teacher)
     torch.set_num_threads(os.cpu_count() or 1)
+    if what == "dmd":
+        _show_student(out, teacher, student)
+    else:
+        print(f"\n{ladder_table(student, load_images(DataConfig(split='all')).first(REAL)[0], 8, 2000, 500, 'cpu')}\n\n"
+              f"FD: Fréchet distance on pixels, 2,000 samples against all 1,797 digits. Look at {student}/ladder.png and {student}/ladder_samples.png.")
+    print(f"{time.time() - started:.0f} s. The result is in {student}/model.")
+
+
+def _show_student(out: str, teacher: str, student: str) -> None:
     rows, shown = measure(teacher, student)
     text = table(rows)
     Path(out, "results.md").write_text(text + "\n")
@@ -44,7 +57,7 @@ def demo(out: str = "runs/demo", processes: int | None = None) -> None:
                       {name: row["FD all"] for name, row in rows.items() if name.startswith(("teacher", "undistilled", "real"))})
     print(f"\n{text}\n\nFD: Fréchet distance on pixels, 2,000 samples against all 1,797 digits, and against the 360 that no network saw.\n"
           f"Class means alone reach 100 % accuracy: look at FD and at the std within a class too.\n"
-          f"{time.time() - started:.0f} s. Look at {out}/samples.png and {out}/progress.png; the student is in {student}/model.")
+          f"Look at {out}/samples.png and {out}/progress.png.")
 
 
 def _train(method: str, processes: int, *arguments: str) -> None:

@@ -94,7 +94,7 @@ class DMD(Trainer):
         require(found["sampler"]["type"] != "few_step", f"teacher {config.teacher} is itself a few-step student: give the network it came from")
         require(config.guidance == 1 or found.get("unconditional", False),
                 f"guidance is {config.guidance}, and teacher {config.teacher} was never trained without labels: set guidance to 1, or train it with label_dropout")
-        low, high = 0, hub.SCHEDULES[found["schedule"]["type"]](**{k: v for k, v in found["schedule"].items() if k != "type"}).t_max
+        low, high = 0, hub.schedule_of(found).t_max
         require(all(low < t <= high for t in config.timesteps), f"timesteps is {config.timesteps}, and the teacher's schedule runs from {low} to {high:g}")
         require(config.fake_time == "uniform" or found["schedule"]["type"] == "EDM", "fake_time lognormal is a distribution of the EDM schedule's sigma: use uniform")
         if config.regression.weight:

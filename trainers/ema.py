@@ -17,14 +17,13 @@ RAMP = 0.09  # a half-life grows with the run up to its value: at most this shar
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """Which averages to keep; the first is the run's result."""
+    """Which averages to keep; the first is the run's result, and without any the weights themselves are."""
 
     sigma_rel: tuple[float, ...] = (0.1,)  # power-function profiles, each in (0, 0.2886)
     halflife: tuple[float, ...] = ()  # classic profiles: images after which a weight counts half
 
     def check(self) -> None:
         """Raise ConfigError for what cannot work."""
-        require(bool(self.names()), "ema.sigma_rel and ema.halflife are empty: the result is an average, so give one")
         for s in self.sigma_rel:
             require(0 < s < 12**-0.5, f"ema.sigma_rel has {s}, and must lie in (0, {12**-0.5:.4f})")
         for h in self.halflife:
@@ -100,8 +99,17 @@ class ShardedEMA:
         return [replace(shard, tensor=average) for shard, average in zip(self.engine.master_shards(), self.averages[name])]
 
     def gather(self, name: str | None = None) -> dict[str, Tensor]:
-        """One profile (None: the first) as full float32 tensors on the host, with the network's buffers. Every rank calls it."""
-        return {**self.engine.buffers(), **self.engine.gather(self.shards(name or self.config.names()[0]))}
+        """One profile as full float32 tensors on the host, with the network's buffers. None: the first, or the weights where there is none.
+
+        Every rank calls it.
+        """
+        name = name or next(iter(self.averages), None)
+        return {**self.engine.buffers(), **self.engine.gather(self.shards(name) if name else self.engine.master_shards())}
+
+    def restart(self) -> None:
+        """Forget all but the weights as they are now."""
+        for average in self.averages.values():
+            torch._foreach_copy_(average, self.masters)
 
     def load(self, read) -> None:
         """From a checkpoint: read(kind, name, start, length), as in `Engine.load`."""

@@ -400,6 +400,12 @@ class Engine:
         steps = [s["step"] for s in self.optimizer.state.values() if "step" in s]
         return shards, {"steps": float(steps[0]) if steps else 0.0, "loss_scale": self._loss_scale()}
 
+    def restart(self, tensors: dict[str, Tensor]) -> None:
+        """Begin anew from these full weights and buffers, by their names in the network, with an optimizer that has seen nothing."""
+        self.load(lambda kind, name, start, length: tensors[name].flatten()[start:start + length], {"steps": 0.0, "loss_scale": self._loss_scale()})
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(tensors[name])
+
     @torch.no_grad()
     def load(self, read: Callable[[str, str, int, int], Tensor], scalars: dict) -> None:
         """The inverse of `state`. read(kind, name, start, length) returns that slice of a flattened full tensor."""

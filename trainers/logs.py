@@ -35,13 +35,13 @@ class Meter:
 class RunLog:
     """OUT/metrics.jsonl, the trackers, and the console. Silent on every rank but the main one."""
 
-    def __init__(self, out: Path, cluster, total: int, start: int, what: str):
+    def __init__(self, out: Path, cluster, total: int, start: int):
         self.cluster, self.file = cluster, out / "metrics.jsonl"
         self.started, self.first = time.time(), start
         on_terminal = sys.stderr.isatty()
         self.lines = cluster.is_main and not on_terminal
-        self.bar = tqdm(total=total, initial=start, desc=what, unit="img", unit_scale=True, disable=not (cluster.is_main and on_terminal))
-        self.what, self.total = what, total
+        self.bar = tqdm(total=total, initial=start, unit="img", unit_scale=True, disable=not (cluster.is_main and on_terminal))
+        self.what, self.total = "", total
         if cluster.is_main:
             self._forget_after(start)
 
@@ -51,6 +51,11 @@ class RunLog:
             kept = [line for line in self.file.read_text().splitlines() if line and json.loads(line)["images_seen"] <= images]
             self.file.write_text("".join(line + "\n" for line in kept))
 
+    def enter(self, what: str) -> None:
+        """Say from now on what is being trained."""
+        self.what = what
+        self.bar.set_description(what)
+
     def progress(self, images: int) -> None:
         self.bar.update(images - self.bar.n)
 
@@ -58,7 +63,7 @@ class RunLog:
         if not self.cluster.is_main:
             return
         seconds = time.time() - self.started
-        line = {"images_seen": images, "seconds": round(seconds, 3), **{k: float(f"{v:.6g}") for k, v in values.items()}}
+        line = {"images_seen": images, "seconds": round(seconds, 3), "stage": self.what, **{k: float(f"{v:.6g}") for k, v in values.items()}}
         with self.file.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.cluster.log(values, step=images)

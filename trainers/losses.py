@@ -35,6 +35,32 @@ def edm2_loss(x0_pred: Tensor, x0: Tensor, sigma: Tensor, logvar: Tensor, sigma_
     return denoising_loss(x0_pred, x0, edm_weight(sigma, sigma_data)) / logvar.exp() + logvar
 
 
+# --- progressive distillation ----------------------------------------------------------------------------------------------
+
+WEIGHTS = ("snr_trunc", "snr", "snr_plus_one", "constant")
+
+
+def progressive_target(x1: Tensor, x2: Tensor, at_t: tuple, at_mid: tuple, at_s: tuple) -> Tensor:
+    """The x0 from which one DDIM step t -> s lands where two land, t -> mid by x1 and mid -> s by x2.
+
+    at_*: (alpha, sigma), each [B] or a number. A convex combination, (1 - c) x1 + c x2 with c = 1 where sigma_s = 0: equal to
+    equation 43 of Salimans & Ho 2022, without its cancellation. More than two steps are put together pair by pair.
+    """
+    (alpha_t, sigma_t), (alpha, sigma), (alpha_s, sigma_s) = ((torch.as_tensor(v, dtype=torch.float64) for v in at) for at in (at_t, at_mid, at_s))
+    c = sigma_t * (alpha_s * sigma - alpha * sigma_s) / (sigma * (alpha_s * sigma_t - alpha_t * sigma_s))
+    x1, x2 = at_least_float32(x1), at_least_float32(x2)
+    return torch.lerp(x1, x2, c.to(x1).view(-1, *[1] * (x1.ndim - 1)))
+
+
+def progressive_weight(alpha: Tensor, sigma: Tensor, kind: str) -> Tensor:
+    """Weight of x0's squared error: SNR = alpha^2 / sigma^2 cut off from below at 1, plain, plus 1, or constant (section 4)."""
+    snr = (alpha / sigma) ** 2
+    weights = {"snr_trunc": snr.clamp(min=1), "snr": snr, "snr_plus_one": 1 + snr, "constant": torch.ones_like(snr)}
+    if kind not in weights:
+        raise ValueError(f"weight {kind!r} is not one of {', '.join(weights)}")
+    return weights[kind]
+
+
 # --- distribution matching -------------------------------------------------------------------------------------------------
 
 

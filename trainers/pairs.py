@@ -30,8 +30,7 @@ def _identity(teacher: str, seed: int) -> dict:
 
 
 def weights_hash(teacher: str) -> str:
-    path = Path(teacher) if teacher.endswith(".pkl") else hub.model_folder(teacher) / "model.safetensors"
-    with path.open("rb") as file:
+    with hub.weights_file(teacher).open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 

@@ -29,8 +29,10 @@ def grid(path: Path, images: Tensor, columns: int = 8) -> None:
 
 def grids(path: Path, sets: dict[str, Tensor], rows: int = 10, columns: int = 10) -> None:
     """Several models side by side: image i of each comes from the same noise and class."""
-    figure, axes = plt.subplots(1, len(sets), figsize=(4 * len(sets), 4.4))
-    for axis, (name, images) in zip(axes, sets.items()):
+    down = -(-len(sets) // 4)
+    across = -(-len(sets) // down)
+    figure, axes = plt.subplots(down, across, figsize=(4 * across, 4.4 * down), squeeze=False)
+    for axis, (name, images) in zip(axes.flatten(), sets.items()):
         axis.imshow(tile(images[:rows * columns], columns).clamp(0, 1).numpy(), interpolation="nearest")
         axis.set_title(name)
         axis.axis("off")
@@ -46,6 +48,24 @@ def progress(path: Path, curve: list[tuple[int, float]], levels: dict[str, float
     for i, (name, value) in enumerate(levels.items()):
         axis.axhline(value, linestyle="--", linewidth=1, color=f"C{i + 1}", label=f"{name}: {value:.3f}")
     axis.set(xlabel="images seen", ylabel="Fréchet distance (pixels)", yscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def ladder(path: Path, curves: dict[str, list[tuple[int, float]]], levels: dict[str, float]) -> None:
+    """Fréchet distance against the number of steps, both on logarithmic axes, as papers show it."""
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for name, points in curves.items():
+        axis.plot(*zip(*points), marker="o", label=name)
+    for name, value in levels.items():
+        axis.axhline(value, linestyle="--", linewidth=1, color="grey", label=f"{name}: {value:.3f}")
+    axis.set_xscale("log", base=2)
+    steps = sorted({x for points in curves.values() for x, _ in points})
+    axis.set_xticks(steps, [str(x) for x in steps])
+    axis.set(xlabel="steps", ylabel="Fréchet distance (pixels)", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()

@@ -35,10 +35,11 @@ class TrainingError(Exception):
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training: until this many images were seen."""
+    """A stretch of training: from `start` until `images` were seen."""
 
     name: str
     images: int
+    start: int = 0
 
 
 class Trainer(ABC):
@@ -78,21 +79,33 @@ class Trainer(ABC):
     def stages(self) -> list[Stage]:
         return [Stage(self.method, self.config.images)]
 
+    def begin(self, stage: Stage) -> None:
+        """What a method does as it enters a stage; if training goes on inside it, the engines' state is loaded afterwards."""
+
+    def end(self, stage: Stage) -> None:
+        """What a method does when a stage's last image was seen, before the checkpoint that says so."""
+
+    def learning_rate(self, engine: Engine) -> float:
+        """Of the step that is next."""
+        return learning_rate(engine.config, self.images_seen)
+
     # -- the loop
 
     def fit(self) -> None:
         """Train to the end, from the latest good checkpoint if there is one, and write the result."""
         self.evaluation = Evaluation(self.config, self.cluster, self.images) if self.config.loop.eval_every else None
         self.build()
-        self._resume()
+        stages = self._resume(self.stages())
         if self.cluster.is_main:
             write_config(self.config)
-        stages = self.stages()
-        self.log = RunLog(self.out, self.cluster, stages[-1].images, self.images_seen, self.method)
+        self.log = RunLog(self.out, self.cluster, stages[-1].images, self.images_seen)
         if self.images_seen:
             self.log.say(f"resuming {self.out} at {self.images_seen} images")
         with self._listening():
-            for stage in stages:
+            for i, stage in enumerate(stages):
+                if i:
+                    self.begin(stage)
+                self.log.enter(stage.name)
                 self._run(stage)
         self.export()
         self.log.close()
@@ -104,7 +117,7 @@ class Trainer(ABC):
         clock, counted = time.time(), self.images_seen
         while self.images_seen < stage.images:
             for engine, _ in self.engines.values():
-                engine.set_lr(learning_rate(engine.config, self.images_seen))
+                engine.set_lr(self.learning_rate(engine))
             batch = next(stream)
             torch.manual_seed(hash((self.config.seed, self.cluster.rank, self.images_seen)))  # dropout too goes on where it stopped
             self.meter.add(self.step(batch))
@@ -119,6 +132,8 @@ class Trainer(ABC):
                 clock, counted = time.time(), self.images_seen
             if self._due(loop.snapshot_every):
                 posthoc.write(self.out, self.images_seen, self.description, self.engines[self.result][1], self.cluster)
+            if done:
+                self.end(stage)
             if done or self._due(loop.save_every):
                 self.save()
 
@@ -131,7 +146,7 @@ class Trainer(ABC):
         values, worst = self.meter.read(self.cluster), {}
         for name, (engine, _) in self.engines.items():
             _, worst[name], refused = engine.refusals.tolist()
-            values |= {f"{name}/lr": learning_rate(engine.config, self.images_seen), f"{name}/refused": refused}
+            values |= {f"{name}/lr": self.learning_rate(engine), f"{name}/refused": refused}
         self.log.write(self.images_seen, {**values, "images_per_second": images_per_second})
         for name, in_a_row in worst.items():
             if in_a_row >= self.config.loop.max_refused:
@@ -160,17 +175,26 @@ class Trainer(ABC):
     def save(self) -> None:
         checkpoint.save(self.out / "checkpoints", self.images_seen, self.engines, self.cluster, {}, self.config.loop.keep)
 
-    def _resume(self) -> None:
+    def _resume(self, stages: list[Stage]) -> list[Stage]:
+        """Go to where the latest good checkpoint is. Returns the stages that are left, the first of them entered."""
         folder = checkpoint.latest_good(self.out / "checkpoints")
-        if folder is not None:
-            self.images_seen = checkpoint.load(folder, self.engines)["images"]
+        self.images_seen = 0 if folder is None else checkpoint.images_of(folder)
+        left = [stage for stage in stages if stage.images > self.images_seen] or stages[-1:]
+        self.begin(left[0])
+        if self.images_seen > left[0].start:
+            checkpoint.load(folder, self.engines)
+        return left
 
     def export(self) -> None:
         """OUT/model: the result, for `load_denoiser` and `fewstep sample`."""
+        self.write_model(self.out / "model")
+
+    def write_model(self, folder: Path) -> None:
+        """The result as it stands, as a model's folder. Every rank calls it."""
         tensors = posthoc.denoiser_tensors(self.engines[self.result][1].gather())
         if self.cluster.is_main:
             trained = {"method": self.method, "images": self.images_seen, "seed": self.config.seed, "teacher": self.config.teacher}
-            hub.save(self.out / "model", {**self.description, "trained": trained}, tensors)
+            hub.save(folder, {**self.description, "trained": trained}, tensors)
         self.cluster.barrier()
 
     @contextmanager

@@ -213,7 +213,7 @@ def test_writable_leaves_nothing_behind(tmp_path):
     "--data.resolution 12", "--data.fit stretch", "--data.channels 0", "--data.channels 2", "--data.classes -1",
     "--data.workers -1", "--sampling_steps 0", "--sigma_data 0", "--network.channel_mult [1,1,1,1,1]",
     "--network.channels_per_head 64", "--optimizer.lr -0.1", "--optimizer.accumulation 0",
-    "--ema.sigma_rel []", "--ema.sigma_rel [0.5]", "--ema.halflife [0.0]"])
+    "--ema.sigma_rel [0.5]", "--ema.halflife [0.0]"])
 def test_value_that_cannot_work_is_refused(tmp_path, options):
     """Before any network is built, the field is named."""
     config = edm2("--out", tmp_path, *options.split())
@@ -224,7 +224,7 @@ def test_value_that_cannot_work_is_refused(tmp_path, options):
 @pytest.mark.parametrize("options", [
     "--fake_updates 0", "--score_range [0.5,0.5]", "--score_range [-0.1,0.5]", "--fake_time cosine", "--timesteps [1,5]",
     "--guidance 2 --data.classes 0", "--regression.distance l1", "--regression.pairs null --regression.weight 0.25",
-    "--ema.sigma_rel []", "--ema.sigma_rel [0.3]", "--generator.lr -0.1", "--fake_score.accumulation 0"])
+    "--ema.sigma_rel [0.3]", "--generator.lr -0.1", "--fake_score.accumulation 0"])
 def test_dmd_value_that_cannot_work_is_refused(tmp_path, options):
     """Before any network is built, the field is named."""
     config = dmd("--out", tmp_path, *options.split())
