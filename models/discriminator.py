@@ -1,6 +1,9 @@
-"""The discriminator of DMD2: a small head on the fake score's bottleneck features (Yin et al. 2024, section 4.3)."""
+"""Discriminators: small heads on a diffusion network's bottleneck features (Yin et al. 2024, section 4.3)."""
 
+import torch
 from torch import Tensor, nn
+
+from models.conditioning import concatenate
 
 from models.denoiser import at_least_float32
 
@@ -29,3 +32,33 @@ class DiscriminatorHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return at_least_float32(self.layers(features.to(self.layers[0].weight.dtype)))[:, 0, 0, 0]
+
+
+class StepDiscriminator(nn.Module):
+    """Whether a step landed where the teacher lands (Lin et al. 2024, "SDXL-Lightning", section 3.2): logits [B].
+
+    x_t and t are where it landed, `source` and `source_t` where it started. Both pass through the encoder of the same denoiser. Without a
+    source the verdict is on the landing alone (section 3.3).
+    """
+
+    def __init__(self, denoiser: nn.Module):
+        super().__init__()
+        channels, resolution = denoiser.backbone.feature_channels, denoiser.backbone.feature_resolution
+        self.denoiser, self.disc = denoiser, DiscriminatorHead(2 * channels, resolution)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict | None = None, source: Tensor | None = None, source_t: Tensor | None = None) -> Tensor:
+        if source is None:
+            _, features = self.denoiser(x_t, t, cond, features="only")
+            return self.disc(torch.cat([features, torch.zeros_like(features)], dim=1))
+        both = None if cond is None else concatenate(cond, cond)
+        _, features = self.denoiser(torch.cat([x_t, source]), torch.cat([t, source_t]), both, features="only")
+        return self.disc(torch.cat(features.chunk(2), dim=1))
+
+    def train_what_takes_part(self, channels: int, resolution: int, classes: int) -> None:
+        """Take gradients for what a verdict depends on alone: not for the decoder, whose gradients DDP would wait for in vain."""
+        x, t = torch.zeros(2, channels, resolution, resolution), torch.ones(2)
+        self.requires_grad_(True)
+        self(x, t, {"labels": torch.zeros(2, dtype=torch.long)} if classes else None, x, t).sum().backward()
+        for p in self.parameters():
+            p.requires_grad_(p.grad is not None)
+            p.grad = None

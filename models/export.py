@@ -20,17 +20,18 @@ from models.sampling import LATENT_CHANNELS, network_calls
 from models.schedules import DiscreteVP
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-LEAST_ALPHA = 1e-3  # at which eps still says x0: DDIMScheduler's float32 betas are lost in (x_t - sigma eps) / alpha below it
+LEAST_ALPHA = 1e-3  # at which DDIMScheduler's float32 can still divide by alpha, for x0 from eps
+LEAST_VARIANCE = 3e-4  # of noise at which it can still divide by sigma, for eps from x0: 1 - alpha^2 has an error of 1e-7
 MODULE = "fewstep_pipeline"  # where diffusers finds the bundled classes, however pipeline.py was imported
-SOURCES = ("schedules", "conditioning", "denoiser", "edm2_unet", "diffusers_unet", "sampling", "hub", "exported")  # each after those that it uses
+SOURCES = ("schedules", "conditioning", "denoiser", "edm2_unet", "edm_unet", "diffusers_unet", "sampling", "hub", "exported")  # each after those that it uses
 PARTIAL = ".partial"  # ends the name of a folder that is being written
 MARK = "- fewstep-export"  # a line of an exported folder's card
 
 
 def export(path: str, out: str | Path) -> list[str]:
-    """A model to `out`, or each stage of a distilled run to `out`/STEPS. One line each: the folder and how to load it.
+    """A model to `out`, or each stage of a distilled run to `out`/STEPS. One line each: the folder and how to sample it.
 
-    Raises ModelError for a model that cannot be read or sampled, and for a folder of `out` that is not an export.
+    Raises ModelError for a model that cannot be read or sampled, and where `out` cannot be written or holds anything but exports.
     """
     out, stages = Path(out), _stages(path)
     folders = {out / str(int(stage.name)): str(stage) for stage in stages} or {out: path}
@@ -60,10 +61,13 @@ def _is_free(folder: Path) -> bool:
 def _export(path: str, out: Path) -> str:
     """Written beside `out` first, so that it appears whole or not at all."""
     about, denoiser = hub.description(path), hub.load_denoiser(path)
-    partial = out.parent / f".{out.name}{PARTIAL}"
+    _check_start(path, about, denoiser)
+    reason, partial = obstacle(about, denoiser), out.parent / f".{out.name}{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    reason = obstacle(about, denoiser)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ModelError(f"{out} cannot be written ({error.strerror}): name another folder with --out") from None
     if reason is None:
         _save_stock(denoiser, partial)
     else:
@@ -72,17 +76,19 @@ def _export(path: str, out: Path) -> str:
     if out.exists():
         shutil.rmtree(out)
     os.replace(partial, out)
-    return f"{out}: {_loading(str(out), about, reason)[-1]}"
+    return f"{out}: {'; '.join(_loading(str(out), about, reason))}"
+
+
+def _check_start(path: str, about: dict, denoiser: Denoiser) -> None:
+    """What no sampler can do, this house's included: eps at pure noise."""
+    start = about["sampler"].get("timesteps") or about["sampler"].get("times") or [denoiser.schedule.t_max]
+    if denoiser.prediction == "eps" and float(denoiser.schedule.alpha_sigma(start[0])[0]) == 0:
+        raise ModelError(f"{path}: it predicts eps and starts where alpha is 0, of which eps says nothing: distil it with prediction v or x0")
 
 
 def obstacle(about: dict, denoiser: Denoiser) -> str | None:
-    """Why diffusers' DDIMPipeline cannot sample this model; None: it can, and gives the same images.
-
-    Raises ModelError where this house's own sampler cannot either.
-    """
+    """Why diffusers' DDIMPipeline cannot sample this model; None: it can, and gives the same images."""
     schedule, sampler, times = denoiser.schedule, about["sampler"], _times(denoiser, about["sampler"])
-    if denoiser.prediction == "eps" and times and float(schedule.alpha_sigma(times[0])[0]) == 0:
-        raise ModelError("it predicts eps and starts where alpha is 0, and of pure noise eps says nothing: distil it with prediction v or x0")
     reasons = {
         f"its network is an {about['backbone']['type']}": about["backbone"]["type"] != "DiffusersUNet",
         "it has class labels": about["classes"] > 0,
@@ -102,9 +108,9 @@ def _inexact(schedule: DiscreteVP, prediction: str, times: list[float]) -> str |
         return f"its {steps} steps do not divide the {T} levels"
     if times != [float(T - i * (T // steps)) for i in range(steps + 1)]:
         return "its times are its own"
-    last = float(schedule.alpha_sigma(schedule.t_max)[0])
-    if prediction == "eps" and last < LEAST_ALPHA:
-        return f"it predicts eps, and alpha ends at {last:.1e}"
+    first, last = float(schedule.alpha_sigma(times[0])[0]), float(schedule.alpha_sigma(times[-2])[1])
+    if prediction == "eps" and first < LEAST_ALPHA or prediction == "x0" and steps > 1 and last**2 < LEAST_VARIANCE:
+        return f"it predicts {prediction} from alpha {first:.1e} to sigma {last:.1e}, for which float32 betas are too coarse"
     return None
 
 
@@ -121,13 +127,22 @@ def _times(denoiser: Denoiser, sampler: dict) -> list[float] | None:
 def _save_stock(denoiser: Denoiser, folder: Path) -> None:
     from diffusers import DDIMPipeline, DDIMScheduler  # not at the top: it takes seconds
 
-    bar = denoiser.schedule.alpha_sigma(torch.arange(denoiser.schedule.t_max + 1, dtype=torch.float64))[0] ** 2
-    betas, ends_in_noise = 1 - bar[1:] / bar[:-1], bool(bar[-1] == 0)
+    bar = denoiser.schedule.alpha_sigma(torch.arange(1, denoiser.schedule.t_max + 1, dtype=torch.float64))[0] ** 2
     scheduler = DDIMScheduler(
-        num_train_timesteps=len(betas), trained_betas=betas.tolist(), prediction_type=PREDICTIONS[denoiser.prediction],
+        num_train_timesteps=len(bar), trained_betas=_betas(bar.tolist()), prediction_type=PREDICTIONS[denoiser.prediction],
         timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True, steps_offset=0,
-        rescale_betas_zero_snr=ends_in_noise)  # changes nothing for DDIM then, and lets Euler and first-order DPM++ read it
+        rescale_betas_zero_snr=bool(bar[-1] == 0))  # changes nothing for DDIM then, and lets Euler and first-order DPM++ read it
     DDIMPipeline(denoiser.backbone.unet, scheduler).save_pretrained(folder, safe_serialization=True)
+
+
+def _betas(bar: list[float]) -> list[float]:
+    """alpha^2 by level -> float32 betas of which each makes up for the rounding of those before it, so that their product stays at alpha^2."""
+    betas, product = [], 1.0
+    for wanted in bar:
+        beta = torch.tensor(1 - wanted / product, dtype=torch.float32)
+        product *= float(1 - beta)
+        betas.append(float(beta))
+    return betas
 
 
 def _save_bundled(about: dict, denoiser: Denoiser, folder: Path) -> None:
@@ -217,7 +232,7 @@ def card(about: dict, reason: str | None) -> str:
     lines = [
         "---", "library_name: diffusers", "pipeline_tag: unconditional-image-generation", "tags:", "- diffusion", MARK, "---", "",
         f"# {_title(about)}", "",
-        f"{about['resolution']}x{about['resolution']}, {about['channels']} channels, {about['classes'] or 'no'} classes. {_validity(sampler)}", "",
+        f"{about['resolution']}x{about['resolution']}, channels {about['channels']}, classes {about['classes'] or 'none'}. {_validity(sampler)}", "",
         "```python", how, "```", "", _code(reason), "",
         f"- prediction: {about['prediction']}", f"- schedule: {schedule['type']}{levels}" + (f" ({settings})" if settings else ""),
         f"- sampler: {json.dumps(sampler)}", f"- network: {about['backbone']['type']}",
@@ -239,23 +254,24 @@ def _validity(sampler: dict) -> str:
     calls = network_calls(sampler)
     if not _is_student(sampler):
         return f"Not distilled: {calls} network calls are its own setting."
-    return f"**Valid for {calls} step{'s' * (calls > 1)} only**, not for half or twice as many: it was distilled for these."
+    return f"**Valid for {calls} step{'s' * (calls > 1)} only**, not for {'more' if calls == 1 else 'half or twice as many'}: it was distilled so."
 
 
 def _loading(folder: str, about: dict, reason: str | None) -> list[str]:
-    """How to sample, in lines of Python, the last of which is enough for who knows the rest."""
+    """How to sample, in lines of Python."""
     if reason is None:
         return ["from diffusers import DiffusionPipeline", f'pipe = DiffusionPipeline.from_pretrained("{folder}")',
                 f"images = pipe(batch_size=16, num_inference_steps={network_calls(about['sampler'])}).images"]
     given = f"labels=list(range({min(about['classes'], 16)}))" if about["classes"] else "batch_size=16"
     given += ', output_type="latent"' * (about["channels"] == LATENT_CHANNELS)
-    return ["import sys", f'sys.path.insert(0, "{folder}")  # its pipeline.py is code: read it first', "from pipeline import FewstepPipeline",
+    return ["import sys", f'sys.path.insert(0, "{folder}")', "from pipeline import FewstepPipeline",
             f'images = FewstepPipeline.from_pretrained("{folder}")({given}).images']
 
 
 def _code(reason: str | None) -> str:
     if reason is None:
-        return "A plain DDIMPipeline. Keep its scheduler as it is: trailing spacing, no clipping, eta 0; solvers of higher order are wrong for it."
-    return (f"No pipeline of diffusers samples it ({reason}), so this folder brings its own, with the network's code. Importing it, as above, "
-            "asks for no permission. `DiffusionPipeline.from_pretrained(PATH, custom_pipeline=PATH)` loads it too, once it is given the flag by "
-            "which diffusers is told to trust a folder's code; its message names the flag.")
+        return ("A plain DDIMPipeline. Keep its scheduler as it is: trailing spacing, no clipping, eta 0. Solvers of higher order are wrong for a "
+                "distilled model.")
+    return (f"No pipeline of diffusers samples it ({reason}), so this folder brings its own, with the network's code, in pipeline.py: read "
+            "it before you run it. Importing it, as above, asks for no permission. `DiffusionPipeline.from_pretrained(PATH, custom_pipeline=PATH)` "
+            "loads it too, with trust_remote_code=True, by which diffusers is told to trust a folder's code.")

@@ -17,9 +17,10 @@ from torch import Tensor
 from models.denoiser import Denoiser
 from models.diffusers_unet import DiffusersUNet
 from models.edm2_unet import EDM2UNet, LogVar
+from models.edm_unet import DhariwalUNet, SongUNet
 from models.schedules import EDM, CosineVP, DiscreteVP, Flow, Schedule
 
-BACKBONES = {"EDM2UNet": EDM2UNet, "DiffusersUNet": DiffusersUNet}
+BACKBONES = {"EDM2UNet": EDM2UNet, "DiffusersUNet": DiffusersUNet, "SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 PARTS = ("backbone", "schedule", "prediction", "logvar", "resolution", "channels", "classes", "sampler")  # of a description
 SCHEDULES = {"CosineVP": CosineVP, "DiscreteVP": DiscreteVP, "EDM": EDM, "Flow": Flow}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name

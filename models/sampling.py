@@ -153,18 +153,21 @@ def draw(denoiser, description: dict, numbers: range, batch: int, seed: int = 0,
     """Images in [-1, 1], or latents, by a model's own sampler, on the host, with their labels.
 
     Image number i is the same for a seed, whatever is drawn with it. labels [len(numbers)]: None takes all classes in turn.
-    description: a model's config.json. progress: what a progress bar should say. guidance: as in `sample`.
+    description: a model's config.json. progress: what a progress bar should say. guidance: as in `sample`; to a student that takes the
+    strength as an input, by default the lowest that it knows.
     """
     device = next(denoiser.parameters()).device
     shape = (description["channels"], description["resolution"], description["resolution"])
     if labels is None and description["classes"]:
         labels = torch.tensor(numbers) % description["classes"]
     bar = tqdm(total=len(numbers), desc=progress, unit="img", disable=None if progress else True)
-    parts = []
+    parts, strength = [], guidance.pop("guidance", description["guidance"][0]) if "guidance" in description else None
     for i in range(0, len(numbers), batch):
         noise = Noise(seed, DRAW_STREAM, numbers[i:i + batch], device)
         latents = [noise.normal(*shape) for _ in range(noise_draws(description["sampler"]))]
         cond = class_labels(None if labels is None else labels[i:i + batch].to(device))
+        if strength is not None:
+            cond["guidance"] = torch.full((len(latents[0]),), float(strength), device=device)
         drawn = sample(denoiser, description["sampler"], latents, cond, **guidance).cpu()
         parts.append(drawn if shape[0] == LATENT_CHANNELS else drawn.clamp(-1, 1))
         bar.update(len(parts[-1]))

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from conftest import HOUSE, launch, run
+from models.hub import description, load_denoiser
 from trainers.checkpoint import _Reader
+from trainers.config import load_config
+from trainers.data import load_images
+from trainers.engine import Cluster
+from trainers.launch import Plan
+from trainers.progressive import Progressive, ProgressiveConfig
 
 # Adam's eps is large, so that rounding is not blown up to whole steps; clips are tight, so that clipping is at work.
 TINY = ("--loop.batch=8", "--loop.log_every=8", "--loop.eval_every=0", "--generator.warmup_images=0", "--fake_score.warmup_images=0",
@@ -43,8 +49,6 @@ def plain(tiny_teacher, tmp_path_factory) -> Path:
 
 def test_training_moves_the_weights(plain, tiny_teacher):
     """The runs compared below move masters by far more than they may differ."""
-    from models.hub import load_denoiser
-
     start = dict(load_denoiser(str(tiny_teacher)).named_parameters())
     for (network, kind, name), value in state_of(plain).items():
         if kind == "master" and name.endswith("conv_res0.weight"):
@@ -135,6 +139,34 @@ def test_a_sharded_run_that_blows_up_stops_with_its_checkpoint_intact(tiny_teach
     refused = [json.loads(line)["fake_score/refused"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert refused[0] == 0 and refused[-1] >= 10
     assert all(value.isfinite().all() for (network, kind, _), value in state_of(tmp_path / "run").items() if network == "generator")
+
+
+LADDER = ("--stages", '{"from": 8, "to": 2, "images": 24}', "--loop.batch=8", "--loop.log_every=8", "--loop.eval_every=0", "--student.lr=1e-3",
+          "--student.eps=1e-4", "--student.clip=0.1", "--ema.sigma_rel=[0.14]")
+
+
+def plain_ladder(teacher: Path, out: Path) -> Path:
+    """Two stages of three steps each in this process, without accumulation."""
+    config = load_config(ProgressiveConfig, [*LADDER, "--teacher", str(teacher), "--out", str(out)], "digits_progressive", "progressive")
+    config.check(1)
+    Progressive(Progressive.prepare(config), Cluster(Progressive.networks, Plan.read(None)), load_images(config.data)).fit()
+    return out
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("config, flags, stops", [("cpu_ddp.yaml", (), (48,)), ("cpu_zero.yaml", ("--zero_stage", "3", "--"), (32, 48))], ids=["ddp", "zero3"])
+def test_a_sharded_ladder_is_a_plain_one(tiny_teacher, tmp_path, fresh_accelerator, config, flags, stops):
+    """Two processes, accumulating, hand a student over and end where one process does, to 1e-5: masters, averages and both stages' weights; under ZeRO-3
+    interrupted in the second stage."""
+    plain, out = plain_ladder(tiny_teacher, tmp_path / "plain"), tmp_path / "run"
+    for images in stops:
+        launch(config, "progressive.py", *flags, "--teacher", tiny_teacher, "--out", out, *LADDER, "--student.accumulation=2", f"--images={images}")
+    assert difference(plain, out) < 1e-5
+    start = load_denoiser(str(tiny_teacher)).state_dict()
+    for steps in ("00004", "00002"):
+        a, b = (load_denoiser(str(run / "stages" / steps)).state_dict() for run in (plain, out))
+        assert max((a[n] - b[n]).abs().max() for n in a) < 1e-5 and max((a[n] - start[n]).abs().max() for n in a) > 5e-4
+    assert description(str(out))["sampler"] == description(str(plain))["sampler"] and len(state_of(out)) == len(state_of(plain))
 
 
 @pytest.mark.parametrize("arguments, said", [

@@ -28,7 +28,7 @@ from trainers.pairs import make_pairs
 
 
 def sample(model: str, out: str = "samples.png", seeds: str = "0-63", labels: list[int] | None = None, batch: int = 64,
-           guidance: float = 1.0, guide: str | None = None, autoencoder: str | None = None) -> None:
+           guidance: float | None = None, guide: str | None = None, autoencoder: str | None = None) -> None:
     """Draw images from a run or a model's folder, and write them as a grid.
 
     Args:
@@ -37,7 +37,7 @@ def sample(model: str, out: str = "samples.png", seeds: str = "0-63", labels: li
         seeds: "0-63" or "3,7,9". A seed makes the same image whatever is drawn with it.
         labels: Classes, repeated over the seeds; by default all in turn.
         batch: Images drawn at a time.
-        guidance: Strength w of uncond + w (cond - uncond); 1 is none.
+        guidance: Strength w of uncond + w (cond - uncond); 1 is none, and the default where the model can do without.
         guide: A weaker model to guide away from (autoguidance); by default the model itself without labels.
         autoencoder: What decodes the latents of a latent model: a folder or hub id of an AutoencoderKL.
     """
@@ -57,11 +57,16 @@ def sample(model: str, out: str = "samples.png", seeds: str = "0-63", labels: li
     pictures.grid(Path(out), images if autoencoder is None else Autoencoder(autoencoder, device).decode(images))
 
 
-def _guiding(model: str, about: dict, guidance: float, guide: str | None, device: str) -> dict:
+def _guiding(model: str, about: dict, guidance: float | None, guide: str | None, device: str) -> dict:
     """The sampler's guidance settings. Raises ConfigError where there is nothing to guide with."""
-    if guidance == 1.0:
+    if guidance is None or guidance == 1.0 and "guidance" not in about:
         return {}
-    require(about["sampler"]["type"] != "few_step", f"guidance is {guidance}, and {model} is a few-step student: its teacher was guided, it is not")
+    if "guidance" in about:
+        low, high = about["guidance"]
+        require(low <= guidance <= high and guide is None, f"guidance is {guidance}, and {model} was distilled for {low} to {high}, without a guide")
+        return {"guidance": guidance}
+    distilled = about["sampler"]["type"] == "few_step" or "times" in about["sampler"]
+    require(not distilled, f"guidance is {guidance}, and {model} is a few-step student: its teacher was guided, it is not")
     require(guide is not None or about.get("unconditional", False),
             f"guidance is {guidance}, and {model} was never trained without labels: name a weaker model with --guide")
     if guide is None:

@@ -1,24 +1,31 @@
 """The stages of progressive distillation as data: which students there are, from how many steps of what, and for how long."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from trainers.config import nearest, require
 
-KEYS = {"from", "to", "steps", "images", "few_images", "lr"}
+PAIRED, RELAXED = "paired", "relaxed"  # what a discriminator is shown: where a step starts and lands, or where it lands alone
 MATCH = "match"  # the name of the stage before the ladder, in which the student learns its teacher's own prediction
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A student of `steps` steps, each worth `factor` of its teacher's. Trained on images `start` .. `start + images` of the run."""
+    """A student of `steps` steps, each worth `factor` of its teacher's. Trained on images `start` .. `start + images` of the run.
+
+    It starts from the weights of the rung before it. Its teacher is the rung number `teacher`, -1 for the pretrained network.
+    """
 
     name: str
+    folder: str  # under OUT/stages
     steps: int
     factor: int  # 0: no step is joined, the teacher's prediction is learnt as it is
     images: int
     start: int
     lr: float
+    teacher: int
+    judge: str | None = None  # PAIRED: a discriminator that sees where a step started; RELAXED: one that does not
 
     @property
     def end(self) -> int:
@@ -32,27 +39,33 @@ def top(stages: dict | list) -> int:
     return _count(first, "from")
 
 
-def ladder(stages: dict | list, lr: float, match_images: int = 0) -> list[Rung]:
+def ladder(stages: dict | list, lr: float, match_images: int = 0, judged: int = 0, relaxed_images: int = 0) -> list[Rung]:
     """{"from": 1024, "to": 1, "images": N} halves step by step; [{"from": 128, "steps": 32, "images": N}, {"steps": 8, ...}] is explicit.
 
     few_images: of the stages with one and two steps, which want more. lr: a stage's own. match_images: of the stage before the ladder, 0
-    for none. Raises ConfigError, in one sentence, for stages that cannot be.
+    for none. judged: stages of so many steps and fewer are adversarial, and each is followed by a relaxed one of `relaxed_images`, unless
+    that is 0. Raises ConfigError, in one sentence, for stages that cannot be.
     """
     steps = top(stages)
     entries = _halvings(stages) if isinstance(stages, dict) else stages
     start, rungs = 0, []
     if match_images:
-        rungs.append(Rung(MATCH, steps, 0, match_images, 0, lr))
+        rungs.append(Rung(MATCH, MATCH, steps, 0, match_images, 0, lr, -1))
         start = match_images
     for entry in entries:
         _check_keys(entry, {"from", "steps", "images", "lr"} if entry is entries[0] else {"steps", "images", "lr"})
         fewer, images = _count(entry, "steps"), _count(entry, "images")
         require(fewer < steps, f"stages has {fewer} steps after {steps}: each stage must have fewer than the one before")
         require(steps % fewer == 0, f"stages has {fewer} steps after {steps}, which is no multiple of them: take {_below(fewer, steps)}")
-        rungs.append(Rung(f"{fewer}-step", fewer, steps // fewer, images, start, float(entry.get("lr", lr))))
-        require(rungs[-1].lr > 0, f"stages has lr {rungs[-1].lr}, and must be above 0")
+        own = _number(entry, "lr") if "lr" in entry else lr
+        require(0 < own < math.inf, f"stages has lr {entry.get('lr', lr)}, and it must be a number above 0")
+        judge, relaxes = PAIRED if fewer <= judged else None, fewer <= judged and relaxed_images > 0
+        taught = dict(steps=fewer, factor=steps // fewer, lr=own, teacher=len(rungs) - 1)
+        rungs.append(Rung(f"{fewer}-step", f"{fewer:05d}{'-paired' if relaxes else ''}", images=images, start=start, judge=judge, **taught))
         start, steps = start + images, fewer
-    require(bool(rungs), "stages is empty: nothing would be distilled")
+        if relaxes:
+            rungs.append(Rung(f"{fewer}-step, relaxed", f"{fewer:05d}", images=relaxed_images, start=start, judge=RELAXED, **taught))
+            start += relaxed_images
     return rungs
 
 
@@ -89,8 +102,16 @@ def _check_keys(entry: Any, allowed: set[str]) -> None:
 
 
 def _count(entry: dict, key: str) -> int:
-    """A positive whole number; 1e6 is one too."""
-    value = entry.get(key)
-    require(isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value) and value > 0,
-            f"stages has {key} {value}, and it must be a whole number above 0")
+    """A positive whole number."""
+    value = _number(entry, key)
+    require(value.is_integer() and value > 0, f"stages has {key} {entry.get(key)}, and it must be a whole number above 0")
     return int(value)
+
+
+def _number(entry: dict, key: str) -> float:
+    """A number, NaN for anything else. 1e6 is one too, which YAML takes for text."""
+    value = entry.get(key)
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan

@@ -124,6 +124,8 @@ class Trainer(ABC):
             self.images_seen += loop.batch
             self.log.progress(self.images_seen)
             done = self.images_seen >= stage.images
+            if done:
+                self.end(stage)  # before the report, which saves and leaves when a signal came
             if done or self._due(loop.log_every):
                 self._report((self.images_seen - counted) / (time.time() - clock))
                 clock, counted = time.time(), self.images_seen
@@ -132,8 +134,6 @@ class Trainer(ABC):
                 clock, counted = time.time(), self.images_seen
             if self._due(loop.snapshot_every):
                 posthoc.write(self.out, self.images_seen, self.description, self.engines[self.result][1], self.cluster)
-            if done:
-                self.end(stage)
             if done or self._due(loop.save_every):
                 self.save()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from models.denoiser import PREDICTIONS, Denoiser, ScoreModel, from_x0, to_x0
+from models.denoiser import PREDICTIONS, Denoiser, ScoreModel, Translated, from_x0, to_x0
 from models.discriminator import DiscriminatorHead
 from models.edm2_unet import EDM2UNet, LogVar
 from models.schedules import EDM, CosineVP, DiscreteVP, Flow, expand
@@ -226,3 +226,67 @@ def test_joint_pass_equals_separate_passes():
     assert len(calls) == len(model.denoiser.backbone.enc) and image.logits is None
     assert torch.equal(both.x0, image.x0) and torch.equal(both.logvar, image.logvar) and torch.equal(both.logits, verdict.logits)
     assert torch.equal(both.x0, model.denoiser(*inputs)) and torch.equal(both.logvar, model.denoiser.logvar(inputs[1].log() / 4))
+
+
+# --- a denoiser on another schedule
+
+PAIRS = {**SCHEDULES, "zero_snr": DiscreteVP(DDPM.betas, zero_terminal_snr=True), "discrete_cosine": DiscreteVP.cosine(256)}
+
+
+def of_gaussian(schedule, m=0.3, s=0.6):
+    """The exact denoiser of N(m, s^2) on its own schedule, which keeps the times that it is called at."""
+    def denoiser(x_t, t, cond=None):
+        denoiser.times.append(t)
+        alpha, sigma = (expand(c, x_t) for c in schedule.alpha_sigma(t))
+        return m + alpha * s**2 / (alpha**2 * s**2 + sigma**2) * (x_t - alpha * m)
+
+    denoiser.schedule, denoiser.times = schedule, []
+    return denoiser
+
+
+@pytest.mark.parametrize("there", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("own", PAIRS.values(), ids=PAIRS)
+def test_translated_denoiser_is_the_denoiser_of_the_same_data(own, there):
+    """The exact denoiser of a Gaussian on one schedule, asked on another, is the exact denoiser there, wherever the two have the same noise."""
+    x_t, _ = gaussians(60, 1, 2, 2)
+    t = there.time(torch.linspace(0.05, 0.95, 60, dtype=torch.float64))
+    alpha, sigma = there.alpha_sigma(t)
+    at_first = own.alpha_sigma(1.0 if isinstance(own, DiscreteVP) else own.time(0.0))
+    at_last = own.alpha_sigma(own.t_max)
+    both = (sigma / alpha >= at_first[1] / at_first[0]) & (sigma / alpha <= at_last[1] / at_last[0])
+    x_t = x_t * expand((alpha**2 + sigma**2).sqrt(), x_t)
+    found, expected = Translated(of_gaussian(own), there)(x_t, t), of_gaussian(there)(x_t, t)
+    assert both.sum() > 20
+    assert_close(found[both], expected[both], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("schedule", PAIRS.values(), ids=PAIRS)
+def test_translation_to_its_own_schedule_changes_nothing(schedule):
+    """In training's float32, a denoiser on its own schedule is asked at the time that was meant, with the same image, to rounding."""
+    t = schedule.time(torch.linspace(0.02, 1, 50, dtype=torch.float64)).float()
+    x_t = schedule.add_noise(*gaussians(50, 1, 2, 2), t.double()).float()
+    one, same = of_gaussian(schedule), of_gaussian(schedule)
+    assert_close(Translated(one, schedule)(x_t, t), same(x_t, t), rtol=1e-4, atol=1e-4)
+    for a, b in zip(schedule.alpha_sigma(one.times[0].double()), schedule.alpha_sigma(t.double())):
+        assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("own", [DDPM, EDM(), CosineVP(20.0)], ids=["discrete", "edm", "clipped"])
+def test_translation_from_beyond_the_ends_asks_at_the_ends(own):
+    """Pure noise, which the denoiser has never seen, is asked at its noisiest time, and a cleaner image than any at its cleanest; both finite."""
+    one = of_gaussian(own)
+    x_t, _ = gaussians(2, 1, 2, 2)
+    found = Translated(one, CosineVP())(x_t.float(), torch.tensor([1.0, 1e-7]))
+    first = 1.0 if isinstance(own, DiscreteVP) else own.time(0.0)
+    assert one.times[0].tolist() == pytest.approx([own.t_max, float(first)], rel=1e-6, abs=1e-6)
+    assert found.isfinite().all()
+    noise = x_t[0].float() * own.noise_scale(own.t_max)  # of the magnitude that it knows
+    assert_close(found[0], of_gaussian(own)(noise[None].float(), torch.tensor([own.t_max]))[0], rtol=1e-3, atol=1e-4)
+
+
+def test_translation_hands_on_the_condition():
+    """The condition reaches the denoiser as it is, and the translation bears the schedule that it is asked on."""
+    seen, cond, schedule = [], {"labels": torch.tensor([3])}, CosineVP()
+    made = Translated(Denoiser(lambda x, c_noise, cond: seen.append(cond) or x, EDM(), "edm"), schedule)
+    made(torch.zeros(1, 1, 2, 2), torch.tensor([0.5]), cond)
+    assert seen[0] is cond and made.schedule is schedule

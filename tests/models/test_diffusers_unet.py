@@ -45,6 +45,11 @@ def edit(file, **changes):
     file.write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
 
 
+def retensor(file, **changes):
+    """Change a safetensors file; None removes a tensor."""
+    save_file({key: value for key, value in {**load_file(file), **changes}.items() if value is not None}, file)
+
+
 def test_the_network_is_diffusers_own():
     """The backbone computes what UNet2DModel does, bit for bit, also at fractional levels; its features are the mid block's output."""
     net = tiny_backbone()
@@ -227,6 +232,8 @@ DAMAGES = {
     "no json": (lambda f: (f / "scheduler/scheduler_config.json").write_text("[3]"), "not a configuration"),
     "cut off": (lambda f: (f / "unet" / WEIGHTS).write_bytes((f / "unet" / WEIGHTS).read_bytes()[:900]), "does not fit config.json"),
     "wider": (lambda f: edit(f / "unet/config.json", block_out_channels=[8, 32]), "does not fit config.json"),
+    "a tensor too many": (lambda f: retensor(f / "unet" / WEIGHTS, surplus=torch.ones(1)), "unexpected keys: surplus"),
+    "a tensor missing": (lambda f: retensor(f / "unet" / WEIGHTS, **{"conv_out.bias": None}), "conv_out.bias"),
     "deeper": (lambda f: edit(f / "unet/config.json", layers_per_block=2), "does not fit config.json"),
 }
 

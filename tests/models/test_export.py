@@ -131,7 +131,8 @@ OWN = {  # models that no class of diffusers samples, and why
     "renoise": (lambda: stock(), {"type": "few_step", "timesteps": [1024, 512]}, "its sampler is few_step"),
     "edm2": (lambda: Denoiser(EDM2UNet(8, 3, 0, 16, (1, 2), num_blocks=1), EDM(), "edm"), {"type": "heun", "steps": 3}, "its network is an EDM2UNet"),
     "faint": (lambda: stock("eps", DiscreteVP.from_scheduler_config({"num_train_timesteps": T, "beta_schedule": "squaredcos_cap_v2"})),
-              {"type": "ddim", "steps": 2}, "alpha ends at"),
+              {"type": "ddim", "steps": 2}, "it predicts eps from alpha 4.8e-05"),
+    "fine": (lambda: stock("x0"), trailing(128), "to sigma 1.2e-02, for which float32 betas are too coarse"),
 }
 ALONE = """  # run where neither package can be imported; argv is FOLDER WORK, a folder of exports and one with their noise
 import json, sys
@@ -292,7 +293,7 @@ def test_eps_at_pure_noise_is_refused(tmp_path):
     save(tmp_path / "model", stock("eps"), trailing(2))
     with pytest.raises(ModelError, match="eps says nothing"):
         export(str(tmp_path), tmp_path / "out")
-    assert not (tmp_path / "out/README.md").exists()
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_nothing_else_is_overwritten(tmp_path):
@@ -306,9 +307,11 @@ def test_nothing_else_is_overwritten(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/README.md").write_text("thoughts")
     (tmp_path / "file").write_text("")
-    for name in ("mine", "file", "model"):
+    for name in ("mine", "file", "model", "out/4"):
         with pytest.raises(ModelError, match="is no export of this kind"):
             export(str(tmp_path), tmp_path / name)
+    with pytest.raises(ModelError, match="cannot be written"):
+        export(str(tmp_path), tmp_path / "file/below")
     assert (tmp_path / "mine/README.md").read_text() == "thoughts" and (tmp_path / "model/model.safetensors").is_file()
 
 
@@ -318,6 +321,9 @@ def test_the_command(tmp_path):
     save(tmp_path / "run/stages/00001", stock(), trailing(1))
     said = run("fewstep", "export", tmp_path / "run", "--to", "diffusers").stdout.splitlines()
     assert [line.split(": ")[0] for line in said] == [f"{tmp_path}/run/diffusers/1", f"{tmp_path}/run/diffusers/2"]
+    space = {}
+    exec(said[0].split(": ", 1)[1], space)  # the line says how to sample it
+    assert len(space["images"]) == 16
 
 
 @pytest.mark.parametrize("words, sentence", [

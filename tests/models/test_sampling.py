@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from models.conditioning import unconditional
 from models.denoiser import Denoiser
 from models.edm2_unet import EDM2UNet
-from models.sampling import ddim, ddim_step, draw, few_step, guided, heun, network_calls, noise_draws, sample
+from models.sampling import Guided, GuidedByCondition, ddim, ddim_step, draw, few_step, guided, heun, network_calls, noise_draws, sample
 from models.schedules import EDM, CosineVP, DiscreteVP, Flow, expand
 
 Z = torch.tensor([-1.5, -0.2, 0.4, 2.0], dtype=torch.float64).reshape(4, 1, 1, 1)
@@ -263,6 +263,60 @@ def test_given_unconditional_form():
         with pytest.raises(ValueError, match="uncond"):
             ddim(denoiser, Z, 1, cond, guidance=2.0)
     assert unconditional({"labels": torch.tensor([4, 0])})["labels"].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("w", [torch.tensor([1.0, 0.0, 2.5, -1.0]), torch.tensor(3.0)], ids=["per_sample", "scalar"])
+def test_guidance_of_each_sample(w):
+    """A strength for each sample guides that sample alone, exactly as the number does; one of 1 is the condition's own image."""
+    denoiser, t, cond = gaussian(CosineVP(), of_classes, 1.0), torch.tensor([0.9, 0.2, 0.5, 0.7]), {"labels": torch.tensor([0, 1, 1, 0])}
+    found = Guided(denoiser, w)(Z, t, cond)
+    for i in range(4):
+        one = {"labels": cond["labels"][i:i + 1]}
+        assert_close(found[i:i + 1], Guided(denoiser, w.expand(4)[i].item())(Z[i:i + 1], t[i:i + 1], one), rtol=0, atol=1e-12)
+    if w.ndim:
+        assert_close(found[:1], denoiser(Z[:1], t[:1], {"labels": cond["labels"][:1]}), rtol=0, atol=1e-12)
+
+
+def test_guidance_by_condition():
+    """A strength in the condition guides a denoiser that never sees it, in one pass of twice the batch, and leaves the condition as it was."""
+    denoiser, w, labels = gaussian(CosineVP(), of_classes, 1.0), torch.tensor([1.0, 0.0, 2.5, -1.0]), torch.tensor([0, 1, 1, 0])
+    cond, t = {"labels": labels, "guidance": w}, torch.tensor([0.9, 0.2, 0.5, 0.7])
+    found = GuidedByCondition(denoiser)(Z, t, cond)
+    x_t, _, seen = denoiser.calls[0]
+    assert len(denoiser.calls) == 1 and len(x_t) == 8 and set(seen) == {"labels"} and set(cond) == {"labels", "guidance"}
+    assert_close(found, Guided(denoiser, w)(Z, t, {"labels": labels}), rtol=0, atol=0)
+    assert GuidedByCondition(denoiser).schedule is denoiser.schedule
+
+
+@every_schedule
+def test_own_times(schedule):
+    """DDIM on given times visits those and no others; the schedule's own grid, given, changes nothing; each starts from its first time's noise."""
+    denoiser = gaussian(schedule, 0.3, 0.5)
+    grid = schedule.grid(8).tolist()
+    assert torch.equal(ddim(denoiser, Z, 8, times=grid), ddim(denoiser, Z, 8))
+    denoiser.calls.clear()
+    found = ddim(denoiser, Z, 2, times=[grid[0], grid[5], grid[8]])
+    assert [t[0].item() for _, t, _ in denoiser.calls] == [grid[0], grid[5]]
+    first = denoiser(schedule.noise_scale(grid[0]) * Z, torch.full((4,), grid[0], dtype=torch.float64))
+    x = ddim_step(schedule, schedule.noise_scale(grid[0]) * Z, first, *torch.tensor([grid[0], grid[5]]).double())
+    assert_close(found, denoiser(x, torch.full((4,), grid[5], dtype=torch.float64)), rtol=1e-6, atol=1e-6)
+    assert torch.equal(sample(denoiser, {"type": "ddim", "steps": 2, "times": [grid[0], grid[5], 0.0]}, [Z]), found)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_times_that_are_not_of_these_steps(steps):
+    """A number of steps that is not that of the times is refused, and the message counts both: a student is good for its own number alone."""
+    with pytest.raises(ValueError, match=f"{steps} steps want {steps + 1} times, and 3 are given"):
+        ddim(gaussian(CosineVP(), 0.3, 0.5), Z, steps, times=[1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("schedule", [CosineVP(), EDM(), DiscreteVP.cosine(64)], ids=["cosine", "edm", "discrete"])
+def test_each_sample_steps_between_its_own_times(schedule):
+    """ddim_step with a time for each sample is ddim_step of each sample by itself."""
+    x0, t, s = Z.flip(0), schedule.grid(32)[[0, 3, 16, 31]], schedule.grid(32)[[4, 5, 30, 32]]
+    found = ddim_step(schedule, Z, x0, t, s)
+    for i in range(4):
+        assert_close(found[i], ddim_step(schedule, Z[i:i + 1], x0[i:i + 1], t[i], s[i])[0], rtol=0, atol=1e-14)
 
 
 @every_schedule

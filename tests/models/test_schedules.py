@@ -179,3 +179,39 @@ def test_expand():
     x = torch.ones(3, 2, 4, 4)
     assert (expand(torch.tensor([1.0, 2.0, 3.0]), x) * x).flatten(1).unique(dim=1).flatten().tolist() == [1.0, 2.0, 3.0]
     assert (expand(torch.tensor(2.0), x) * x).unique().tolist() == [2.0]
+
+
+@pytest.mark.parametrize("levels", [1, 2, 64, 1000, 8192])
+def test_discrete_cosine(levels):
+    """DiscreteVP.cosine is the exact cosine at its levels, zero signal at the last, through betas in [0, 1] that diffusers can take."""
+    schedule, times = DiscreteVP.cosine(levels), torch.arange(levels + 1, dtype=torch.float64)
+    for found, expected in zip(schedule.alpha_sigma(times), CosineVP().alpha_sigma(times / levels)):
+        assert_close(found, expected, rtol=0, atol=1e-9)
+    assert schedule.alpha_sigma(schedule.t_max)[0] == 0 and len(schedule.betas) == levels
+    assert (schedule.betas > 0).all() and (schedule.betas <= 1).all() and schedule.betas[-1] == 1
+
+
+@every_schedule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_at_angle_finds_the_time(schedule, dtype):
+    """at_angle undoes a time's atan2(sigma, alpha), at and between the times that a network has seen, to the precision of the angle."""
+    u = torch.linspace(0.01, 1, 200, dtype=torch.float64)
+    times = (u * schedule.t_max if isinstance(schedule, DiscreteVP) else schedule.time(u)).to(dtype)
+    alpha, sigma = (c.to(dtype) for c in schedule.alpha_sigma(times.double()))
+    found = schedule.at_angle(torch.atan2(sigma, alpha))
+    assert found.dtype == dtype
+    error = [abs(a - b) for a, b in zip(schedule.alpha_sigma(found.double()), schedule.alpha_sigma(times.double()))]
+    if isinstance(schedule, EDM):
+        assert_close(found, times, rtol=1e-4 if dtype == torch.float32 else 1e-10, atol=0)
+    else:
+        assert max(e.max() for e in error) < (1e-6 if dtype == torch.float32 else 1e-9)
+
+
+@every_schedule
+def test_at_angle_stays_where_a_network_was_trained(schedule):
+    """Cleaner or noisier than a schedule's ends, an angle gives the end: never level 0 of a discrete one, nor sigma 0 or infinity of EDM's."""
+    for dtype in (torch.float32, torch.float64):
+        clean, noisy = schedule.at_angle(torch.tensor([0.0, math.pi / 2], dtype=dtype)).tolist()
+        assert noisy == pytest.approx(schedule.t_max, rel=1e-6)
+        first = {DiscreteVP: 1.0, EDM: 0.002}.get(type(schedule), 0.0)
+        assert clean == pytest.approx(first, abs=1e-6)

@@ -9,6 +9,7 @@ import io
 import pickle
 import pickletools
 import random
+import shutil
 import struct
 import sys
 import threading
@@ -23,11 +24,19 @@ from torch import nn
 
 from models import hub, snapshots
 from models.edm2_unet import EDM2UNet, LogVar, from_nvlabs
+from models.edm_unet import NETWORKS, from_edm
 from models.hub import ModelError, load_denoiser
 from models.snapshots import load_nvlabs, read_nvlabs
 
 CONFIG = dict(img_resolution=8, img_channels=2, label_dim=3, use_fp16=True, sigma_data=0.75, logvar_channels=16, model_channels=8,
               channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], channels_per_head=8, dropout=0.1)
+EDM_CONFIG = dict(img_resolution=8, img_channels=2, label_dim=3, use_fp16=False, sigma_min=0.0, sigma_max=float("inf"), sigma_data=0.75,
+                  augment_dim=4, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.1, label_dropout=0.1)
+EDM_KINDS = {
+    "ddpmpp": dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard"),
+    "ncsnpp": dict(model_type="SongUNet", embedding_type="fourier", encoder_type="residual", resample_filter=[1, 3, 3, 1], label_dropout=0),
+    "adm": dict(model_type="DhariwalUNet", model_channels=64, label_dim=0),
+}
 FEW = {"w": torch.arange(6.0).reshape(2, 3).half(), "enc.block.gain": torch.tensor(0.5).half(), "enc.freqs": torch.ones(4).half()}
 
 
@@ -124,6 +133,15 @@ def public_state(**settings):
     return {k: torch.rand([]).half() if k.endswith("gain") else v.half() for k, v in state.items()}
 
 
+def edm_state(kind):
+    """An EDM network's constructor's arguments, and its tensors as its snapshots have them: NVlabs' names, in float32."""
+    torch.manual_seed(0)
+    config = EDM_CONFIG | EDM_KINDS[kind]
+    outside = ("use_fp16", "sigma_min", "sigma_max", "sigma_data", "label_dropout", "model_type")
+    net = NETWORKS[config["model_type"]](**{k: v for k, v in config.items() if k not in outside})
+    return config, {f"model.{k}": v for k, v in net.state_dict().items()}
+
+
 def refusal(path, read=read_nvlabs):
     """What is said of a file that is refused: one printable line, after the file's name."""
     with pytest.raises(ModelError) as refused:
@@ -216,10 +234,81 @@ def test_tuples_become_lists(tmp_path):
     assert config == CONFIG and type(config["channel_mult"]) is list
 
 
-@pytest.mark.parametrize("name", ["EDMPrecond", "VPPrecond", "Generator", "precond", "Precond\n\x1b[31m", "P" * 10_000])
+@pytest.mark.parametrize("kind", EDM_KINDS)
+def test_round_trip_of_edm(tmp_path, nothing_runs, kind):
+    """A snapshot of EDM is read as it was written, and its denoiser is that of the tensors, frozen, as a saved folder too."""
+    config, state = edm_state(kind)
+    path = snapshot(tmp_path, modules(state, config, "EDMPrecond"))
+    found_config, found_state = nothing_runs(path)
+    assert found_config == config and same(found_state, state) and len(state) > 40
+    expected = from_edm(config, state)
+    denoiser, found = load_nvlabs(path)
+    assert same(denoiser.state_dict(), expected.state_dict()) and same(load_denoiser(path).state_dict(), expected.state_dict())
+    assert not denoiser.training and not any(p.requires_grad for p in denoiser.parameters()) and denoiser.schedule.sigma_data == 0.75
+    unconditional = {"unconditional": config["label_dropout"] > 0}
+    assert found == hub.description(path) == {**hub.describe(expected), "sampler": {"type": "heun", "steps": 18}, **unconditional}
+    hub.save(tmp_path / "folder" / "model", found, denoiser.state_dict())
+    x_t, t, cond = torch.randn(2, 2, 8, 8), torch.tensor([0.1, 20.0]), {"labels": torch.tensor([-1, 2])}
+    assert torch.equal(load_denoiser(str(tmp_path / "folder"))(x_t, t, cond), expected(x_t, t, cond))
+    shutil.rmtree(tmp_path / "folder")  # for `nothing_runs`, which looks for what a file may have left
+
+
+def test_edm_is_not_edm2(tmp_path):
+    """A network under the other's class name is refused by what does not fit."""
+    config, state = edm_state("ddpmpp")
+    assert "argument" in refusal(snapshot(tmp_path, modules(state, config, "Precond")), load_nvlabs)
+    assert "argument" in refusal(snapshot(tmp_path, modules(public_state(), CONFIG, "EDMPrecond")), load_nvlabs)
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda state: state.pop("model.map_layer0.bias"), "model.map_layer0.bias"),
+    (lambda state: state.update({"model.map_layer0.offset": state.pop("model.map_layer0.bias")}), "model.map_layer0.bias"),
+    (lambda state: state.update({"map_layer0.bias": state.pop("model.map_layer0.bias")}), "model.map_layer0.bias"),
+    (lambda state: state.pop("model.enc.4x4_down.conv0.resample_filter"), "resample_filter"),
+    (lambda state: state.update({"model.map_augment.weight": torch.ones(2, 2)}), "model.map_augment.weight"),
+], ids=["missing", "renamed", "no-prefix", "no-filter", "shape"])
+def test_tensors_of_another_edm(tmp_path, damage, said):
+    """A tensor of an EDM network that is missing, renamed or of another shape is refused in one sentence, by its name."""
+    config, state = edm_state("ddpmpp")
+    damage(state)
+    path = snapshot(tmp_path, modules(state, config, "EDMPrecond"))
+    assert all(said in refusal(path, read) for read in (load_nvlabs, load_denoiser, hub.description))
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"num_blocks": 10**6}, "too few"), ({"model_type": "UNet"}, "UNet"), ({"encoder_type": "other"}, "encoder_type"), ({"depth": 3}, "depth"),
+    ({"resample_filter": []}, ""), ({"resample_filter": [1, 3, 3, 1]}, "size mismatch"), ({"augment_dim": 2**31 - 1}, "size mismatch"),
+    ({"label_dropout": None}, ""), ({"embedding_type": None}, "embedding_type"),
+], ids=repr)
+def test_arguments_of_another_edm(tmp_path, changes, said):
+    """Arguments that do not belong to an EDM network's tensors are refused, all before its memory is taken."""
+    config, state = edm_state("ddpmpp")
+    path = snapshot(tmp_path, modules(state, config | changes, "EDMPrecond"))
+    assert all(said in refusal(path, read) for read in (load_nvlabs, load_denoiser, hub.description))
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"channel_mult": ["ab"] * 2, "model_channels": 2**31 - 1}, "channel_mult"), ({"model_channels": [8], "channel_mult": [2**31 - 1] * 2}, "model_channels"),
+    ({"model_channels": "8", "channel_mult": [2**31 - 1] * 2}, "model_channels"), ({"channel_mult": "12"}, "channel_mult"),
+], ids=repr)
+@pytest.mark.parametrize("name", ["Precond", "EDMPrecond"])
+def test_arguments_that_repeat_a_list(tmp_path, name, changes, said):
+    """A list or a string among the sizes, which Python would repeat billions of times, is refused by its name, and takes no memory."""
+    config, state = edm_state("ddpmpp") if name == "EDMPrecond" else (CONFIG, public_state())
+    path = snapshot(tmp_path, modules(state, config | changes, name))
+    tracemalloc.start()
+    try:
+        assert said in refusal(path, hub.description)
+        assert tracemalloc.get_traced_memory()[1] < 2e7
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["VPPrecond", "VEPrecond", "iDDPMPrecond", "Generator", "precond", "Precond\n\x1b[31m", "P" * 10_000])
 def test_another_architecture(tmp_path, name):
-    """A snapshot of another network is refused, and the message says which it is."""
-    assert repr(name[:80]) in refusal(snapshot(tmp_path, few(name=name)))
+    """A snapshot of another network is refused, and the message says which it is, and which ones are read."""
+    said = refusal(snapshot(tmp_path, few(name=name)))
+    assert repr(name[:80]) in said and "'EDMPrecond'" in said and "'Precond'" in said
 
 
 PARTS = ("_init_args", "_init_kwargs", "_parameters", "_buffers", "_modules")
@@ -508,12 +597,12 @@ def test_hidden_calls(tmp_path, nothing_runs, hide, where):
         load_denoiser(snapshot(tmp_path, ema))
 
 
-@pytest.mark.parametrize("name", ["Precond", "EDMPrecond"])
+@pytest.mark.parametrize("name", ["Precond", "EDMPrecond", "VPPrecond"])
 def test_embedded_source_is_not_run(tmp_path, nothing_runs, name):
     """The source code that a snapshot brings along is neither compiled nor executed, at any depth."""
     ema = few(name=name)
     ema.meta["module_src"] = ema.meta["state"]["_modules"]["enc"]._modules["block"].meta["module_src"] = "open('ran', 'w')"
-    if name == "Precond":
+    if name != "VPPrecond":
         assert same(nothing_runs(snapshot(tmp_path, ema))[1], FEW)
     else:
         assert name in refusal(snapshot(tmp_path, ema))

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.autograd.functional import hessian, jacobian
 
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, from_x0
 from models.edm2_unet import EDM2UNet
-from models.schedules import EDM
-from trainers.losses import (denoising_loss, dmd_gradient, dmd_loss, edm2_loss, edm_weight, gan_discriminator_loss,
-                             gan_generator_loss, per_sample, regression_loss)
+from models.sampling import ddim_step
+from models.schedules import EDM, CosineVP, DiscreteVP, Flow
+from trainers.losses import (WEIGHTS, denoising_loss, dmd_gradient, dmd_loss, edm2_loss, edm_weight, gan_discriminator_loss,
+                             gan_generator_loss, per_sample, progressive_target, progressive_weight, regression_loss)
 
 LEVELS = [(math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)) for t in (0.1, 0.3, 0.5, 0.7, 0.9)]
 MEAN = torch.tensor([0.3, -0.7], dtype=torch.float64)
@@ -136,6 +137,103 @@ def test_perfect_denoiser_of_a_mixture_reaches_its_conditional_variance(alpha, s
     loss.backward()
     assert torch.isclose(loss, (p_t * variance).sum() * dx, rtol=1e-8)
     assert c.grad.abs().max() < 1e-8
+
+
+# --- progressive distillation ----------------------------------------------------------------------------------------------
+
+LINEAR = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+LADDERS = {"cosine": CosineVP(), "clipped": CosineVP(20.0), "linear": DiscreteVP(LINEAR), "zero_snr": DiscreteVP(LINEAR, zero_terminal_snr=True),
+           "discrete_cosine": DiscreteVP.cosine(8192), "edm": EDM(), "flow": Flow(3.0)}
+every_ladder = pytest.mark.parametrize("schedule", LADDERS.values(), ids=LADDERS)
+
+
+def pairs_of_steps(schedule, n):
+    """(times, levels) at t, mid and s of the n steps of a student, from a teacher's 2n; and what a teacher might say at t and mid, with z_t."""
+    grid = schedule.grid(2 * n)
+    times = grid[:-1:2], grid[1::2], grid[2::2]
+    torch.manual_seed(0)
+    return times, [schedule.alpha_sigma(t) for t in times], torch.randn(3, n, 1, 2, 2, dtype=torch.float64)
+
+
+@every_ladder
+@pytest.mark.parametrize("n", [1, 4, 500])
+def test_one_step_lands_where_two_land(schedule, n):
+    """From any z_t, one DDIM step through progressive_target is two through x1 and x2, at every step of the grid: the first from pure noise."""
+    (t, mid, s), levels, (z, x1, x2) = pairs_of_steps(schedule, n)
+    two = ddim_step(schedule, ddim_step(schedule, z, x1, t, mid), x2, mid, s)
+    torch.testing.assert_close(ddim_step(schedule, z, progressive_target(x1, x2, *levels), t, s), two, rtol=0, atol=1e-13)
+
+
+@every_ladder
+@pytest.mark.parametrize("n", [1, 4, 500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_progressive_target_is_between_the_two(schedule, n, dtype):
+    """Each element lies between x1 and x2, to rounding; at the last step, where no noise is left, it is x2 to the last bit."""
+    _, levels, (_, x1, x2) = pairs_of_steps(schedule, n)
+    x1, x2 = x1.to(dtype), x2.to(dtype)
+    found, rounding = progressive_target(x1, x2, *levels), 4 * torch.finfo(dtype).eps
+    assert found.dtype == dtype and (found >= torch.minimum(x1, x2) - rounding).all() and (found <= torch.maximum(x1, x2) + rounding).all()
+    assert torch.equal(found[-1], x2[-1]) == (levels[2][1][-1] == 0).item()
+    assert not torch.equal(found[0], x2[0]) or n == 1  # the classic mistake: the second step's x0 as it is
+
+
+@pytest.mark.parametrize("n", [8, 64, 4096])
+@pytest.mark.parametrize("name", ["cosine", "discrete_cosine", "edm", "flow"])
+def test_progressive_target_needs_no_float64_images(name, n):
+    """With float32 images, and bfloat16 ones of the same values, it is within 1e-6 of float64, at any number of steps."""
+    _, levels, (_, x1, x2) = pairs_of_steps(LADDERS[name], n)
+    x1, x2 = x1.bfloat16(), x2.bfloat16()
+    exact = progressive_target(x1.double(), x2.double(), *levels)
+    for kind in (x1, x1.float()):
+        found = progressive_target(kind, x2, *levels)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6)
+
+
+@every_ladder
+def test_four_steps_pair_by_pair(schedule):
+    """Four steps put together pair by pair land where four DDIM steps land, and are the sum of (rho_k+1 - rho_k) x_k over rho_4 - rho_0."""
+    grid = schedule.grid(20)
+    times = torch.stack([grid[k:len(grid) - 4 + k:4] for k in range(5)])  # [5, 5]: k, and the student's step
+    torch.manual_seed(1)
+    z, *xs = torch.randn(5, 5, 1, 2, 2, dtype=torch.float64)
+    at, target, where = [schedule.alpha_sigma(t) for t in times], None, z
+    for k, x in enumerate(xs):
+        target = x if k == 0 else progressive_target(target, x, at[0], at[k], at[k + 1])
+        where = ddim_step(schedule, where, x, times[k], times[k + 1])
+    torch.testing.assert_close(ddim_step(schedule, z, target, times[0], times[4]), where, rtol=0, atol=1e-13)
+    rho = torch.stack([alpha / sigma for alpha, sigma in at])[:, :-1]  # infinite at the end of the last
+    shares = (rho.diff(dim=0) / (rho[4] - rho[0])).view(4, 4, 1, 1, 1)
+    torch.testing.assert_close(target[:-1], (shares * torch.stack(xs)[:, :-1]).sum(0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind, at_noise, at_half, at_data", [
+    ("snr_trunc", 1, 1, 3), ("snr", 0, 1 / 3, 3), ("snr_plus_one", 1, 4 / 3, 4), ("constant", 1, 1, 1),
+])
+def test_progressive_weights(kind, at_noise, at_half, at_data):
+    """SNR 0, 1/3 and 3: cut off from below at 1, never from above; plain it is 0 at pure noise; plus one it is 1 / sigma^2."""
+    sigma = torch.tensor([1.0, 0.75**0.5, 0.5], dtype=torch.float64)
+    alpha = torch.tensor([0.0, 0.5, 0.75**0.5], dtype=torch.float64)
+    expected = torch.tensor([at_noise, at_half, at_data], dtype=torch.float64)
+    torch.testing.assert_close(progressive_weight(alpha, sigma, kind), expected, rtol=1e-12, atol=0)
+
+
+def test_progressive_weights_are_losses_of_other_predictions():
+    """snr, constant and snr_plus_one times the error of x0 are those of eps, x0 and v; snr_trunc is the larger of the first two."""
+    torch.manual_seed(0)
+    alpha, sigma = CosineVP().alpha_sigma(torch.rand(5, dtype=torch.float64))
+    x0, other, z = torch.randn(3, 5, 1, 3, 3, dtype=torch.float64)
+    eps, v = ({x: from_x0(kind, x, z, alpha, sigma) for x in (x0, other)} for kind in ("eps", "v"))
+    error = {"snr": per_sample((eps[x0] - eps[other]).square()), "snr_plus_one": per_sample((v[x0] - v[other]).square()), "constant": per_sample((x0 - other).square())}
+    error["snr_trunc"] = torch.maximum(error["snr"], error["constant"])
+    for kind in WEIGHTS:
+        torch.testing.assert_close(denoising_loss(other, x0, progressive_weight(alpha, sigma, kind)), error[kind], rtol=1e-9, atol=0)
+
+
+def test_unknown_progressive_weight_is_refused():
+    """A name that is no weight raises ValueError that repeats it and lists those that are; min-SNR is none of them."""
+    with pytest.raises(ValueError, match="'min_snr' is not one of snr_trunc, snr, snr_plus_one, constant"):
+        progressive_weight(torch.ones(1), torch.ones(1), "min_snr")
 
 
 # --- distribution matching -------------------------------------------------------------------------------------------------
