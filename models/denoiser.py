@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.schedules import EDM, Schedule, expand
 
-PREDICTIONS = ("x0", "eps", "v", "flow", "edm")
+PREDICTIONS = ("x0", "eps", "v", "both", "flow", "edm")
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -20,7 +20,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def to_x0(prediction: str, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the network predicted -> x0. alpha, sigma: [B]; v = alpha eps - sigma x0, flow = eps - x0."""
+    """What the network predicted -> x0. alpha, sigma: [B]; v = alpha eps - sigma x0, flow = eps - x0.
+
+    "both": x0 and eps, stacked over channels, blended so that neither end divides by zero (Salimans & Ho 2022, section 4).
+    """
     output, x_t = at_least_float32(output), at_least_float32(x_t)
     alpha, sigma = expand(alpha, x_t), expand(sigma, x_t)
     if prediction == "x0":
@@ -29,17 +32,20 @@ def to_x0(prediction: str, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Te
         return (x_t - sigma * output) / alpha
     if prediction == "v":
         return (alpha * x_t - sigma * output) / (alpha**2 + sigma**2)
+    if prediction == "both":
+        x0, eps = output.chunk(2, dim=1)
+        return (sigma**2 * x0 + alpha * (x_t - sigma * eps)) / (alpha**2 + sigma**2)
     if prediction == "flow":
         return (x_t - sigma * output) / (alpha + sigma)
     raise ValueError(f"prediction {prediction!r} is not one of {', '.join(PREDICTIONS)}")
 
 
 def from_x0(prediction: str, x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x0 -> what a network of this prediction would have to output: the inverse of `to_x0`."""
+    """x0 -> what a network of this prediction would have to output: the inverse of `to_x0`, and for "both" the one that is consistent."""
     x0, x_t = at_least_float32(x0), at_least_float32(x_t)
     alpha, sigma = expand(alpha, x_t), expand(sigma, x_t)
     eps = (x_t - alpha * x0) / sigma
-    outputs = {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}
+    outputs = {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "both": torch.cat([x0, eps], dim=1), "flow": eps - x0}
     if prediction not in outputs:
         raise ValueError(f"prediction {prediction!r} is not one of {', '.join(outputs)}")
     return outputs[prediction]
@@ -50,7 +56,7 @@ class Denoiser(nn.Module):
 
     backbone(x, c_noise, cond) -> output. One that has features takes `features` too: True -> (output, features),
     "only" -> (None, features), without running what comes after them.
-    prediction: "x0" | "eps" | "v" | "flow", or "edm" for a network inside the preconditioning of Karras et al. 2022
+    prediction: "x0" | "eps" | "v" | "both" | "flow", or "edm" for a network inside the preconditioning of Karras et al. 2022
     (equation 7), which wants an EDM schedule. `logvar`: the optional u(t) of EDM2's loss, a module of c_noise.
     """
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models import hub
 from models.denoiser import Denoiser, Translated
+from models.diffusers_unet import DiffusersUNet
 from models.discriminator import StepDiscriminator
 from models.edm2_unet import EDM2UNet, unit_norm_weights
 from models.sampling import GuidedByCondition, ddim_step, guided
@@ -37,7 +38,7 @@ class MatchConfig:
     """A stage before the ladder, in which the student learns the teacher's prediction as it is, in another form."""
 
     images: int = 0  # 0: no such stage
-    prediction: str | None = None  # "v" or "x0"; None: as the teacher
+    prediction: str | None = None  # "v", "x0" or "both"; None: as the teacher
     schedule: str = "teacher"  # "rescaled": the teacher's, with zero terminal SNR; "cosine": alpha = cos(pi t / 2)
     levels: int = 1024  # of the cosine schedule; numbers of steps must divide it
 
@@ -91,7 +92,7 @@ class ProgressiveConfig(RunConfig):
                     f"{given}, which loop.batch {self.loop.batch} does not divide: take {-(-rung.images // self.loop.batch) * self.loop.batch}")
         require(self.weight in (None, *WEIGHTS), f"weight is {self.weight!r}, and must be one of {', '.join(WEIGHTS)}")
         match = self.match
-        require(match.prediction in (None, "v", "x0"), f"match.prediction is {match.prediction!r}, and must be v or x0")
+        require(match.prediction in (None, "v", "x0", "both"), f"match.prediction is {match.prediction!r}, and must be v, x0 or both")
         require(match.schedule in ("teacher", "rescaled", "cosine"), f"match.schedule is {match.schedule!r}, and must be teacher, rescaled or cosine")
         require(match.levels > 0, f"match.levels is {match.levels}, and must be above 0")
         require(match.images > 0 or (match.prediction, match.schedule, self.guidance_range) == (None, "teacher", None),
@@ -288,10 +289,21 @@ def teacher_times(about: dict, schedule: Schedule, steps: int) -> list[float]:
 def student_of(denoiser: Denoiser, config: ProgressiveConfig) -> Denoiser:
     """The student's network: the teacher's, with the prediction, schedule and inputs that it is to have."""
     schedule, backbone = student_schedule(denoiser.schedule, config.match), denoiser.backbone
+    prediction = config.match.prediction or denoiser.prediction
     if config.guidance_range:
         backbone = EDM2UNet(**{**backbone.config, "guided": True})
         backbone.load_state_dict(denoiser.backbone.state_dict(), strict=False)  # what is new has no effect yet
-    return Denoiser(backbone, schedule, config.match.prediction or denoiser.prediction)
+    if prediction == "both" != denoiser.prediction:
+        backbone = with_two_outputs(backbone)
+    return Denoiser(backbone, schedule, prediction)
+
+
+def with_two_outputs(backbone: DiffusersUNet) -> DiffusersUNet:
+    """The network with its last convolution twice: for x0 and for eps, both of which start as what it predicted."""
+    wider = DiffusersUNet(**{**backbone.config, "out_channels": 2 * backbone.config["out_channels"]})
+    twice = {name: torch.cat([t, t]) if ".conv_out." in name else t for name, t in backbone.state_dict().items()}
+    wider.load_state_dict(twice)
+    return wider
 
 
 def student_schedule(schedule: Schedule, match: MatchConfig) -> Schedule:
@@ -311,6 +323,8 @@ def check_ladder(config: ProgressiveConfig, about: dict) -> None:
             f"steps: it is good at their times alone, so leave the match stage out")
     require("guidance" not in about, f"teacher {teacher} takes the strength of guidance as an input, and can be distilled further only in the run that made it: "
             f"give the network it came from, with all the stages")
+    require(config.match.prediction != "both" or about["backbone"]["type"] == "DiffusersUNet",
+            f"match.prediction is both, and a {about['backbone']['type']} cannot be given a second output: take v")
     own, prediction = hub.schedule_of(about), config.match.prediction or about["prediction"]
     require(config.match.schedule == "teacher" and config.match.prediction is None or about["prediction"] != "edm",
             f"match changes the prediction or schedule of teacher {teacher}, an EDM network, which has its own of both: leave them out")

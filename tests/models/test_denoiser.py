@@ -290,3 +290,16 @@ def test_translation_hands_on_the_condition():
     made = Translated(Denoiser(lambda x, c_noise, cond: seen.append(cond) or x, EDM(), "edm"), schedule)
     made(torch.zeros(1, 1, 2, 2), torch.tensor([0.5]), cond)
     assert seen[0] is cond and made.schedule is schedule
+
+
+def test_x0_and_eps_together_are_regular_at_both_ends():
+    """The exact outputs give x0 at every level. At pure noise x0's half decides alone, and at almost none eps's does."""
+    torch.manual_seed(0)
+    x0, eps, wrong = torch.randn(3, 5, 2, 4, 4, dtype=torch.float64)
+    angle = torch.tensor([1e-6, 0.3, 0.8, 1.3, math.pi / 2], dtype=torch.float64)
+    alpha, sigma = angle.cos(), angle.sin()
+    alpha[-1] = 0
+    x_t = alpha.view(-1, 1, 1, 1) * x0 + sigma.view(-1, 1, 1, 1) * eps
+    assert torch.allclose(to_x0("both", from_x0("both", x0, x_t, alpha, sigma), x_t, alpha, sigma), x0, atol=1e-9)
+    no_eps, no_x0 = (to_x0("both", torch.cat(pair, dim=1), x_t, alpha, sigma) for pair in ((x0, wrong), (wrong, eps)))
+    assert torch.allclose(no_eps[-1], x0[-1]) and torch.allclose(no_x0[0], x0[0], atol=1e-5) and not torch.allclose(no_eps[2], x0[2])
