@@ -1,4 +1,4 @@
-"""NVlabs' EDM2 network snapshots (`.pkl`), read without running anything that is in them.
+"""NVlabs' EDM and EDM2 network snapshots (`.pkl`), read without running anything that is in them.
 
 A snapshot pickles its networks with the source code of their classes, which the official loader executes. Here nothing of
 a file is imported, compiled or called:
@@ -24,12 +24,17 @@ from torch import Tensor
 
 from models.denoiser import Denoiser
 from models.edm2_unet import from_nvlabs
+from models.edm_unet import from_edm
 from models.hub import ModelError, describe
 
-MAX_OPCODES = 200_000  # the published networks take 32 thousand at any width: they grow with the layers
+MAX_OPCODES = 200_000  # EDM2's networks take 32 thousand at any width, EDM's up to 63: they grow with the layers
 MAX_STORAGE_OPCODES = 100  # of each pickle in a storage; torch writes 4 to 27
 MAX_DEPTH = 10  # modules within modules; the network has 4
 MAX_ITEMS = 64  # in a list among the constructor's arguments
+NETWORKS = {"EDMPrecond": from_edm, "Precond": from_nvlabs}  # by their classes' names
+STEPS = {"EDMPrecond": 18, "Precond": 32}  # of Heun's method
+LISTS = ("channel_mult", "attn_resolutions", "resample_filter")  # arguments that are one
+WORDS = ("model_type", "embedding_type", "encoder_type", "decoder_type")  # arguments that are text
 NAME = re.compile(r"\w{1,64}", re.ASCII)
 
 DATA = set("""PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_LIST APPEND APPENDS
@@ -89,7 +94,7 @@ class _Strict(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in self.known:
-            raise ModelError(f"it asks for {f'{module}.{name}'[:80]!r}, which no EDM2 snapshot needs: refused")
+            raise ModelError(f"it asks for {f'{module}.{name}'[:80]!r}, which no snapshot of EDM or EDM2 needs: refused")
         return self.known[module, name]
 
     def persistent_load(self, pid):
@@ -247,7 +252,7 @@ def _arguments(state: dict) -> dict:
     return {name: list(value) if type(value) is tuple else value for name, value in arguments.items()}
 
 
-def _read(data: bytes) -> tuple[dict, dict[str, Tensor]]:
+def _read(data: bytes) -> tuple[str, dict, dict[str, Tensor]]:
     if not data.startswith(b"\x80"):
         raise ModelError("not a pickle (of protocol 2 or later)")
     file = BytesIO(data)
@@ -256,13 +261,14 @@ def _read(data: bytes) -> tuple[dict, dict[str, Tensor]]:
         raise ModelError("something follows the pickle's end")
     network = _part(snapshot, "ema", _Network)
     name = _part(_meta(network), "class_name", str)
-    if name != "Precond" or _meta(network).get("version") != 6:
-        raise ModelError(f"its network is a {name[:80]!r}, and only EDM2's 'Precond' (of persistence version 6) is known here")
-    return _arguments(_part(_meta(network), "state", dict)), _state_dict(network, len(data))
+    if name not in NETWORKS or _meta(network).get("version") != 6:
+        known = "EDM's 'EDMPrecond' and EDM2's 'Precond' (of persistence version 6) are"
+        raise ModelError(f"its network is a {name[:80]!r}, and only {known} known here")
+    return name, _arguments(_part(_meta(network), "state", dict)), _state_dict(network, len(data))
 
 
-def read_nvlabs(path: str) -> tuple[dict, dict[str, Tensor]]:
-    """A snapshot's `ema` network: its constructor's arguments and its tensors, of the file's type, by their public names.
+def _read_file(path: str) -> tuple[str, dict, dict[str, Tensor]]:
+    """The class of a snapshot's `ema` network, the class's arguments and its tensors, of the file's type, by their public names.
 
     Raises ModelError, whose message is one line: the file, and what is wrong with it.
     """
@@ -273,26 +279,41 @@ def read_nvlabs(path: str) -> tuple[dict, dict[str, Tensor]]:
         raise ModelError(f"{path}: {_line(said)}") from None
 
 
-def _describe(path: str, config: dict, state: dict[str, Tensor]) -> dict:
+def read_nvlabs(path: str) -> tuple[dict, dict[str, Tensor]]:
+    """A snapshot's `ema` network: its class's arguments and its tensors. Raises ModelError, as `_read_file` does."""
+    return _read_file(path)[1:]
+
+
+def _check_kinds(config: dict) -> None:
+    """Only numbers are multiplied into sizes: a list or a string, repeated, would take memory."""
+    for name, value in config.items():
+        for v in value if name in LISTS and type(value) is list else [value]:
+            if not (v is None or type(v) in (bool, int, float) or name in WORDS and type(v) is str):
+                raise ValueError(f"{name} is of a kind that it cannot be")
+
+
+def _describe(path: str, name: str, config: dict, state: dict[str, Tensor]) -> dict:
     """Builds the network on the meta device, where sizes that the file only claims take no memory."""
     try:
+        _check_kinds(config)
         blocks = config.get("num_blocks", 3) * len(config.get("channel_mult", (1, 2, 3, 4)))
         if 4 * blocks > len(state):
             raise ValueError(f"{len(state)} tensors are too few for {blocks} blocks")
         with torch.device("meta"):
-            denoiser = from_nvlabs(config, {name: value.to("meta") for name, value in state.items()})
+            denoiser = NETWORKS[name](config, {key: value.to("meta") for key, value in state.items()})
+        known = {"unconditional": config.get("label_dropout", 0) > 0} if name == "EDMPrecond" else {}  # of EDM2's, nothing is said
     except Exception as error:  # the arguments are the file's: of any type and value
         raise ModelError(f"{path}: no network can be built from it: {_line(error)}") from None
-    return {**describe(denoiser), "sampler": {"type": "heun", "steps": 32}}
+    return {**describe(denoiser), "sampler": {"type": "heun", "steps": STEPS[name]}, **known}
 
 
 def description(path: str) -> dict:
     """What `hub.description` says of a model, of a snapshot. The file is read, but no network is built."""
-    return _describe(path, *read_nvlabs(path))
+    return _describe(path, *_read_file(path))
 
 
 def load_nvlabs(path: str) -> tuple[Denoiser, dict]:
     """A frozen denoiser in float32, in eval mode, and its description. Raises ModelError, as `read_nvlabs` does."""
-    config, state = read_nvlabs(path)
-    found = _describe(path, config, state)
-    return from_nvlabs(config, state), found
+    name, config, state = _read_file(path)
+    found = _describe(path, name, config, state)
+    return NETWORKS[name](config, state), found

@@ -203,7 +203,7 @@ def cache(source: str, autoencoder: str, out: str = "latents", split: str = "tra
 
 
 def convert(snapshot: str, out: str) -> None:
-    """Read an NVlabs EDM2 snapshot (.pkl), running nothing of it, and save it as a model's folder.
+    """Read an NVlabs EDM or EDM2 snapshot (.pkl), running nothing of it, and save it as a model's folder.
 
     Args:
         snapshot: The file.
@@ -213,7 +213,7 @@ def convert(snapshot: str, out: str) -> None:
     about = hub.description(snapshot)
     writable(out)
     hub.save(out, {**about, "trained": {"snapshot": snapshot}}, hub.load_denoiser(snapshot).state_dict())
-    print(f"{out}: a {about['resolution']}x{about['resolution']} EDM2 network of {about['channels']} channels and {about['classes']} classes")
+    print(f"{out}: a {about['resolution']}x{about['resolution']} network of {about['channels']} channels and {about['classes']} classes")
 
 
 def export(run: str, to: str = "diffusers", out: str | None = None) -> None:

@@ -288,7 +288,8 @@ def test_arguments_of_another_edm(tmp_path, changes, said):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"channel_mult": ["ab"] * 2, "model_channels": 2**31 - 1}, "channel_mult"), ({"model_channels": [8], "channel_mult": [2**31 - 1] * 2}, "model_channels"),
+    ({"channel_mult": ["ab"] * 2, "model_channels": 2**31 - 1}, "channel_mult"),
+    ({"model_channels": [8], "channel_mult": [2**31 - 1] * 2}, "model_channels"),
     ({"model_channels": "8", "channel_mult": [2**31 - 1] * 2}, "model_channels"), ({"channel_mult": "12"}, "channel_mult"),
 ], ids=repr)
 @pytest.mark.parametrize("name", ["Precond", "EDMPrecond"])
