@@ -85,6 +85,8 @@ class ProgressiveConfig(RunConfig):
             require(value >= 0, f"adversarial.{name} is {value}, and must not be below 0")
         require(self.student.decay_after_images == 0, "student.decay_after_images is set, and in each stage the learning rate falls to zero: leave it at 0")
         self.ema.check()
+        require(self.loop.snapshot_every == 0, f"loop.snapshot_every is {self.loop.snapshot_every}, and averages begin anew in each stage, so that those of "
+                                               f"several cannot be combined: leave it at 0")
         require(self.match.images >= 0, f"match.images is {self.match.images}, and must not be below 0")
         for rung in self.rungs:
             given = f"match.images is {rung.images}" if rung.name == MATCH else f"stages has images {rung.images} for the {rung.name} stage"
@@ -226,7 +228,7 @@ class Progressive(Trainer):
     def draw_times(self, noise) -> Tensor:
         """Step i of the student's N, uniform, with the times of the teacher's steps in it. In the match stage, a time alone."""
         if self.rung.name == MATCH:
-            return self.schedule.time(noise.uniform().double())[:, None]
+            return self.schedule.time(1 - noise.uniform().double())[:, None]  # (0, t_max]
         return self.path[(noise.uniform() * self.rung.steps).long()]
 
     def condition(self, batch):
