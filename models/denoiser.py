@@ -1,7 +1,7 @@
 """The one contract: denoiser(x_t, t, cond) -> x0, whatever the network predicts inside.
 
-`cond` is None or a dict of tensors: "labels" int64 [B] (-1: no label), "prompt_embeds" [B, L, D], "pooled" [B, P],
-"time_ids" [B, 6]. Conversions between x0, eps, v and flow happen here and nowhere else, in float32 or better: 1/alpha is
+`cond` is None or a dict of tensors: "labels" int64 [B] (-1: no label), "prompt_embeds" [B, L, D], "prompt_mask" [B, L],
+"pooled" [B, P], "time_ids" [B, 6], "guidance" [B]. Conversions between x0, eps, v and flow happen here and nowhere else, in float32 or better: 1/alpha is
 14.6 for SDXL and 157 for DDPM CIFAR-10 at the last step, so half precision would be lost in it.
 """
 

@@ -23,7 +23,8 @@ PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 LEAST_ALPHA = 1e-3  # at which DDIMScheduler's float32 can still divide by alpha, for x0 from eps
 LEAST_VARIANCE = 3e-4  # of noise at which it can still divide by sigma, for eps from x0: 1 - alpha^2 has an error of 1e-7
 MODULE = "fewstep_pipeline"  # where diffusers finds the bundled classes, however pipeline.py was imported
-SOURCES = ("schedules", "conditioning", "denoiser", "edm2_unet", "edm_unet", "diffusers_unet", "sampling", "hub", "exported")  # each after those that it uses
+SOURCES = ("schedules", "conditioning", "denoiser", "edm2_unet", "edm_unet", "diffusers_unet", "diffusers_conditional", "small_unets", "sampling",
+           "hub", "exported")  # each after those that it uses
 PARTIAL = ".partial"  # ends the name of a folder that is being written
 MARK = "- fewstep-export"  # a line of an exported folder's card
 
@@ -60,7 +61,10 @@ def _is_free(folder: Path) -> bool:
 
 def _export(path: str, out: Path) -> str:
     """Written beside `out` first, so that it appears whole or not at all."""
-    about, denoiser = hub.description(path), hub.load_denoiser(path)
+    about = hub.description(path)
+    if "conditions" in about:
+        raise ModelError(f"{path} is told prompts, which no exported pipeline takes: use it with load_denoiser")
+    denoiser = hub.load_denoiser(path)
     _check_start(path, about, denoiser)
     reason, partial = obstacle(about, denoiser), out.parent / f".{out.name}{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -92,7 +96,7 @@ def obstacle(about: dict, denoiser: Denoiser) -> str | None:
     reasons = {
         f"its network is an {about['backbone']['type']}": about["backbone"]["type"] != "DiffusersUNet",
         "it has class labels": about["classes"] > 0,
-        "it makes latents": about["channels"] == LATENT_CHANNELS,
+        "it makes latents": about["channels"] >= LATENT_CHANNELS,
         f"it predicts {denoiser.prediction}": denoiser.prediction not in PREDICTIONS,
         f"its schedule is {type(schedule).__name__}": not isinstance(schedule, DiscreteVP),
         f"its sampler is {sampler['type']}": times is None,
@@ -263,7 +267,7 @@ def _loading(folder: str, about: dict, reason: str | None) -> list[str]:
         return ["from diffusers import DiffusionPipeline", f'pipe = DiffusionPipeline.from_pretrained("{folder}")',
                 f"images = pipe(batch_size=16, num_inference_steps={network_calls(about['sampler'])}).images"]
     given = f"labels=list(range({min(about['classes'], 16)}))" if about["classes"] else "batch_size=16"
-    given += ', output_type="latent"' * (about["channels"] == LATENT_CHANNELS)
+    given += ', output_type="latent"' * (about["channels"] >= LATENT_CHANNELS)
     return ["import sys", f'sys.path.insert(0, "{folder}")', "from pipeline import FewstepPipeline",
             f'images = FewstepPipeline.from_pretrained("{folder}")({given}).images']
 

@@ -35,7 +35,7 @@ class FewstepPipeline(DiffusionPipeline):
         uncond + w (cond - uncond), for a model that has an unconditional form or takes w as an input; by default none, or as little as the
         model takes. output_type: "pil", "np" or "pt", in [0, 1], or "latent": what the sampler returns, untouched."""
         about = self.denoiser.config["description"]
-        if about["channels"] == LATENT_CHANNELS and output_type != "latent":
+        if about["channels"] >= LATENT_CHANNELS and output_type != "latent":
             raise ValueError('this model makes latents: ask for output_type="latent", and decode them with the autoencoder that it was trained on')
         labels = self.labels(about["classes"], batch_size, labels)
         shape = (batch_size if labels is None else len(labels), about["channels"], about["resolution"], about["resolution"])

@@ -1,4 +1,4 @@
-"""Loading and saving denoisers. A folder holds `config.json`, which says what to build, and `model.safetensors`.
+"""Loading and saving denoisers. A folder holds `config.json`, which says what to build, and `model.safetensors`, or an adapter (models/lora.py).
 
 Nothing here unpickles anything. NVlabs' snapshots, which end in .pkl, are read by `models/snapshots.py`; nothing in them is run.
 Folders of diffusers' pipelines, which hold a model_index.json, are read by `models/diffusers_folder.py`. Either may be on the hub.
@@ -14,17 +14,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models import lora
 from models.denoiser import Denoiser
+from models.diffusers_conditional import DiffusersPromptUNet, DiffusersSana, DiffusersSD3, PromptBackbone
 from models.diffusers_unet import DiffusersUNet
 from models.edm2_unet import EDM2UNet, LogVar
 from models.edm_unet import DhariwalUNet, SongUNet
+from models.sampling import LATENT_CHANNELS
 from models.schedules import EDM, CosineVP, DiscreteVP, Flow, Schedule
+from models.small_unets import ContextUNet, SmallUNet
 
-BACKBONES = {"EDM2UNet": EDM2UNet, "DiffusersUNet": DiffusersUNet, "SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+BACKBONES = {"EDM2UNet": EDM2UNet, "DiffusersUNet": DiffusersUNet, "SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet,
+             "DiffusersPromptUNet": DiffusersPromptUNet, "DiffusersSD3": DiffusersSD3, "DiffusersSana": DiffusersSana,
+             "ContextUNet": ContextUNet, "SmallUNet": SmallUNet}
 PARTS = ("backbone", "schedule", "prediction", "logvar", "resolution", "channels", "classes", "sampler")  # of a description
 SCHEDULES = {"CosineVP": CosineVP, "DiscreteVP": DiscreteVP, "EDM": EDM, "Flow": Flow}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
-HUB_WEIGHTS = ["model.safetensors", "model/model.safetensors", "diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors"]
+WEIGHTS = "model.safetensors"
+HUB_WEIGHTS = [WEIGHTS, f"model/{WEIGHTS}", lora.WEIGHTS, f"model/{lora.WEIGHTS}", "diffusion_pytorch_model.safetensors",
+               "unet/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.safetensors"]
 
 
 class ModelError(ValueError):
@@ -32,7 +40,10 @@ class ModelError(ValueError):
 
 
 def describe(denoiser: Denoiser) -> dict:
-    """What `build` needs to make this network again, JSON-ready. Its "resolution", "channels" and "classes" are those of its images."""
+    """What `build` needs to make this network again, JSON-ready. Its "resolution", "channels" and "classes" are those of its images.
+
+    A network that is told a prompt has "conditions" and "latents" too (`prompt_facts`).
+    """
     backbone = denoiser.backbone.config
     return {
         "backbone": {"type": type(denoiser.backbone).__name__, **backbone},
@@ -40,7 +51,13 @@ def describe(denoiser: Denoiser) -> dict:
         "prediction": denoiser.prediction,
         "logvar": None if denoiser.logvar is None else denoiser.logvar.config,
         "resolution": backbone["img_resolution"], "channels": backbone["img_channels"], "classes": backbone["label_dim"],
+        **(prompt_facts(denoiser.backbone.conditions, backbone["img_channels"]) if isinstance(denoiser.backbone, PromptBackbone) else {}),
     }
+
+
+def prompt_facts(conditions: dict, channels: int) -> dict:
+    """Of a network that is told a prompt: what cond holds for each image, with its shape, and whether its images are latents."""
+    return {"conditions": conditions, "latents": channels >= LATENT_CHANNELS}
 
 
 def build(description: dict) -> Denoiser:
@@ -67,9 +84,14 @@ def schedule_of(description: dict) -> Schedule:
 def model_folder(path: str) -> Path:
     """A run's folder or a model's own -> the model's. Raises ModelError where there is none."""
     for folder in (Path(path), Path(path) / "model"):
-        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+        if (folder / "config.json").is_file() and any((folder / name).is_file() for name in (WEIGHTS, lora.WEIGHTS)):
             return folder
     raise ModelError(f"{path}: there is no model there (config.json and model.safetensors, as a run writes them in OUT/model)")
+
+
+def weights_name(description: dict) -> str:
+    """The file beside config.json: of a network's weights, or of an adapter's where "lora" says on which base and of what kind."""
+    return lora.WEIGHTS if "lora" in description else WEIGHTS
 
 
 def _snapshots():
@@ -88,13 +110,14 @@ def _local(path: str) -> str:
     """The id of a model on the hub -> the folder of its copy here, fetched if need be; any other path -> itself."""
     if Path(path).exists() or Path(path).parts[0] in os.listdir() or not HUB_ID.fullmatch(str(path)):
         return path  # runs/x is no id where there are runs
-    folder = _fetch(path, ["*.json"])
+    folder = fetch(path, ["*.json"])
     if _pipelines().is_pipeline(folder):
         _pipelines().description(folder)  # what is not supported is refused before its weights are fetched
-    return _fetch(path, ["*.json", *HUB_WEIGHTS])
+    return fetch(path, ["*.json", *HUB_WEIGHTS])
 
 
-def _fetch(name: str, files: list[str]) -> str:
+def fetch(name: str, files: list[str]) -> str:
+    """A hub id -> the folder of its copy here, with these files (patterns) of it. Raises ModelError where they cannot be had."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -109,7 +132,7 @@ def weights_file(path: str) -> Path:
     if str(path).endswith(".pkl"):
         return Path(path)
     path = _local(path)
-    return _pipelines().weights_file(path) if _pipelines().is_pipeline(path) else model_folder(path) / "model.safetensors"
+    return _pipelines().weights_file(path) if _pipelines().is_pipeline(path) else model_folder(path) / weights_name(description(path))
 
 
 def description(path: str) -> dict:
@@ -140,20 +163,38 @@ def load_denoiser(path: str, device: torch.device | str = "cpu") -> Denoiser:
     path = _local(path)
     if _pipelines().is_pipeline(path):
         return _pipelines().load(path).to(device).eval().requires_grad_(False)
-    folder = model_folder(path)
-    denoiser = build(description(path))
+    about = description(path)
+    file = model_folder(path) / weights_name(about)
     try:
-        denoiser.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder}/model.safetensors does not fit config.json: {' '.join(str(error).split())[:300]}") from None
+        denoiser = restore(about, load_file(file))
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{file} does not fit config.json: {' '.join(str(error).split())[:300]}") from None
     return denoiser.to(device).eval().requires_grad_(False)
+
+
+def restore(description: dict, tensors: dict[str, Tensor]) -> Denoiser:
+    """The described denoiser with these weights, of a LoRA its base with the adapter merged. Raises ValueError where they do not fit."""
+    if "lora" not in description:
+        denoiser = build(description)
+        denoiser.load_state_dict(tensors)
+        return denoiser
+    adapter = description["lora"]
+    try:
+        backbone = load_denoiser(adapter["base"]).backbone
+    except ModelError as error:
+        raise ModelError(f"it is a LoRA on {adapter['base']}, which cannot be read: {error}") from None
+    lora.merge(backbone, adapter, tensors)
+    return Denoiser(backbone, schedule_of(description), description["prediction"])
 
 
 def save(folder: str | Path, description: dict, tensors: dict[str, Tensor]) -> None:
     """Write a model's folder. Each file appears whole or not at all, the description last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ".model.safetensors")
-    os.replace(folder / ".model.safetensors", folder / "model.safetensors")
+    name, metadata = weights_name(description), lora.file_metadata(description["lora"], tensors) if "lora" in description else None
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f".{name}", metadata)
+    os.replace(folder / f".{name}", folder / name)
     (folder / ".config.json").write_text(json.dumps(description, indent=1))
     os.replace(folder / ".config.json", folder / "config.json")

@@ -14,7 +14,7 @@ from models.denoiser import at_least_float32
 from models.noise import Noise
 from models.schedules import EDM, expand
 
-LATENT_CHANNELS = 4  # what has so many is no image, and has no bounds
+LATENT_CHANNELS = 4  # what has so many, or more, is no image, and has no bounds
 DRAW_STREAM = 1_000_000  # of random numbers, which training never touches
 
 
@@ -34,8 +34,8 @@ class Guided:
         if self.guide is not None:
             weak, strong = self.guide(x_t, t, cond), self.denoiser(x_t, t, cond)
         else:
-            uncond = unconditional(cond) if self.uncond is None else self.uncond
-            weak, strong = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), concatenate(uncond, cond)).chunk(2)
+            both = concatenate(unconditional(cond, self.uncond), cond)
+            weak, strong = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         w = expand(self.guidance, x_t) if torch.is_tensor(self.guidance) else self.guidance
         return weak + w * (strong - weak)
 
@@ -169,7 +169,7 @@ def draw(denoiser, description: dict, numbers: range, batch: int, seed: int = 0,
         if strength is not None:
             cond["guidance"] = torch.full((len(latents[0]),), float(strength), device=device)
         drawn = sample(denoiser, description["sampler"], latents, cond, **guidance).cpu()
-        parts.append(drawn if shape[0] == LATENT_CHANNELS else drawn.clamp(-1, 1))
+        parts.append(drawn if shape[0] >= LATENT_CHANNELS else drawn.clamp(-1, 1))
         bar.update(len(parts[-1]))
     bar.close()
     return torch.cat(parts), labels

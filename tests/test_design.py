@@ -10,7 +10,7 @@ import pytest
 
 HOUSE = Path(__file__).resolve().parents[1]
 FILES = sorted(p for folder in ("models", "trainers") for p in (HOUSE / folder).glob("*.py"))
-ENTRIES = {"edm2", "progressive", "dmd"}
+ENTRIES = {"edm2", "ddpm", "progressive", "dmd"}
 
 
 def imports(path: Path) -> set[str]:

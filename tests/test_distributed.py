@@ -185,6 +185,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tiny_teacher, tmp_path, argum
     assert done.returncode == 2 and len(errors) == 1 and said in errors[0] and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("teacher, code, said", [("there", 0, "ready"), ("/nowhere", 2, "/nowhere: there is no model there")])
+def test_check_says_what_a_machine_lacks(tiny_teacher, tmp_path, teacher, code, said):
+    """`--check` looks for the data and the teacher, trains nothing, and makes no folder but the run's own."""
+    done = run("python", HOUSE / "trainers/dmd.py", "--check", "--out", tmp_path / "run", "--teacher", tiny_teacher if teacher == "there" else teacher, check=False)
+    assert done.returncode == code and said in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_sigterm_checkpoints_and_the_same_command_goes_on(tiny_teacher, tmp_path):
     """A run that is asked to stop saves at its next report, says how to go on with code 130, and continues from there."""
     import os

@@ -45,11 +45,12 @@ def sample(model: str, out: str = "samples.png", seeds: str = "0-63", labels: li
     writable(str(Path(out).parent))
     about = hub.description(model)
     device = _device()
+    require("conditions" not in about, f"{model} is told a prompt, and this command has none to give: encode prompts and sample in Python, as the README shows")
     if labels:
         require(about["classes"] > 0, f"labels is {labels}, and {model} has no classes")
         require(0 <= min(labels) and max(labels) < about["classes"], f"labels is {labels}, and {model} has classes 0 to {about['classes'] - 1}")
     chosen = torch.tensor([labels[i % len(labels)] for i in range(len(numbers))]) if labels else None
-    require(autoencoder is not None or about["channels"] != LATENT_CHANNELS, f"{model} makes latents: name what decodes them with --autoencoder")
+    require(autoencoder is not None or about["channels"] < LATENT_CHANNELS, f"{model} makes latents: name what decodes them with --autoencoder")
     guiding = _guiding(model, about, guidance, guide, device)
     began = time.time()
     images, _ = draw(fold_weights(hub.load_denoiser(model, device)), about, numbers, batch, labels=chosen, progress="sampling", **guiding)
@@ -143,8 +144,7 @@ def sweep(run: str, sigma_rel: list[float] = [0.03, 0.05, 0.075, 0.1, 0.125, 0.1
     (images, resolution), about, curve = _data_of(run, split), posthoc.description(run), []
     real, _ = images.first(REAL)
     for width in sigma_rel:
-        denoiser = hub.build(about).to(_device()).eval()
-        denoiser.load_state_dict(posthoc.reconstruct(run, width, at))
+        denoiser = hub.restore(about, posthoc.reconstruct(run, width, at)).to(_device()).eval()
         drawn, _ = draw(fold_weights(denoiser), about, range(samples), batch, progress=f"sigma_rel {width}")
         curve.append((width, frechet_distance(drawn, real, resolution=resolution)))
         print(f"sigma_rel {width:.3f}: Fréchet distance on pixels {curve[-1][1]:.4f}", flush=True)

@@ -37,7 +37,7 @@ class DataConfig:
 
     source: str = "digits"  # "digits" (embedded), a folder of images, a .parquet file, a hub id, or a folder that `fewstep cache` wrote
     split: str = "train"
-    resolution: int = 8  # pixels, a power of two; of latents, their own
+    resolution: int = 8  # pixels, such as the network takes; of latents, their own
     channels: int = 1  # 1: grey, 3: RGB, 4: latents
     classes: int = 10  # 0: labels are not used
     fit: str = "crop"  # "crop": scale the shorter side and cut the middle; "pad": centre on black, without scaling
@@ -58,7 +58,8 @@ class LoopConfig:
     snapshot_every: int = 0  # of the averages, for `fewstep ema` to combine afterwards; 0: never
     keep: int = 2  # checkpoints that stay on disk
     max_refused: int = 10  # updates in a row that may be refused for a loss that is not finite
-    tracker: str = "tensorboard"  # or another that accelerate knows
+    tracker: str = "tensorboard"  # or another that accelerate knows, or "none"
+    stopped: str | None = None  # a file to make when a signal has stopped the run, for a scheduler that is to start it again
 
 
 @dataclass(frozen=True)
@@ -86,19 +87,18 @@ class RunConfig:
 
     def check(self, world: int) -> None:
         """Raise ConfigError for what cannot work on `world` processes."""
-        positive = {"images": self.images, "loop.batch": self.loop.batch, "loop.log_every": self.loop.log_every, "loop.keep": self.loop.keep,
-                    "eval.samples": self.eval.samples, "eval.batch": self.eval.batch, "loop.max_refused": self.loop.max_refused}
+        positive = {"images": self.images, "data.resolution": self.data.resolution, "loop.batch": self.loop.batch,
+                    "loop.log_every": self.loop.log_every, "loop.keep": self.loop.keep, "eval.samples": self.eval.samples,
+                    "eval.batch": self.eval.batch, "loop.max_refused": self.loop.max_refused}
         for name, value in positive.items():
             require(value is None or value > 0, f"{name} is {value}, and must be above 0")
-        require(self.data.resolution > 0 and self.data.resolution & (self.data.resolution - 1) == 0,
-                f"data.resolution is {self.data.resolution}, and must be a power of two")
         require(self.data.channels in (1, 3, 4), f"data.channels is {self.data.channels}, and must be 1 or 3 for images, 4 for latents")
         for name, value in {"data.classes": self.data.classes, "data.workers": self.data.workers, "loop.save_every": self.loop.save_every,
                             "loop.eval_every": self.loop.eval_every, "loop.snapshot_every": self.loop.snapshot_every}.items():
             require(value >= 0, f"{name} is {value}, and must not be below 0")
         fd = self.eval.fd_resolution
-        require(fd == 0 or 0 < fd <= self.data.resolution and fd & (fd - 1) == 0,
-                f"eval.fd_resolution is {fd}, and must be a power of two up to data.resolution {self.data.resolution}, or 0")
+        require(fd == 0 or fd > 0 and self.data.resolution % fd == 0,
+                f"eval.fd_resolution is {fd}, and must divide data.resolution {self.data.resolution}, or be 0")
         require(self.data.fit in ("crop", "pad"), f"data.fit is {self.data.fit!r}, and must be crop or pad")
         require(self.loop.batch % world == 0,
                 f"loop.batch is {self.loop.batch}, which {world} processes cannot share equally: take {_next_multiple(self.loop.batch, world)}")
@@ -184,14 +184,15 @@ def _argument(value) -> str:
 
 
 def _option(argv: list[str], name: str) -> str | None:
-    """The value of --name in argv, before any parser looks at it."""
+    """The value of --name in argv, before any parser looks at it. The last one counts, as it does for the parser."""
+    found = None
     for i, argument in enumerate(argv):
         if argument.startswith(f"--{name}="):
-            return argument.split("=", 1)[1]
-        if argument == f"--{name}":
+            found = argument.split("=", 1)[1]
+        elif argument == f"--{name}":
             require(i + 1 < len(argv), f"--{name} wants a value")
-            return argv[i + 1]
-    return None
+            found = argv[i + 1]
+    return found
 
 
 def _leaves(cls: type, prefix: str = "") -> list[str]:
@@ -219,7 +220,7 @@ def nearest(name: str, known: list[str]) -> str:
 # --- what is saved beside the weights, and what a resumed run must agree with -----------------------------------------------
 
 MAY_CHANGE = ("recipe", "config", "out", "images", "loop.log_every", "loop.save_every", "loop.eval_every", "loop.keep", "loop.max_refused",
-              "loop.tracker", "eval.", "data.workers", "data.skip_bad")
+              "loop.tracker", "loop.stopped", "eval.", "data.workers", "data.skip_bad")
 
 
 def write_config(config: RunConfig) -> None:

@@ -46,6 +46,12 @@ class Batch:
         cuts = [slice(i * size, (i + 1) * size) for i in range(parts)]
         return [Batch(self.images[cut], take(self.cond, cut), self.noise[cut]) for cut in cuts]
 
+    def dropping_labels(self, share: float) -> dict | None:
+        """The condition, without its label for this share of the samples, drawn anew: what a network learns to do without."""
+        if not (share and self.cond):
+            return self.cond
+        return {"labels": self.cond["labels"].masked_fill(self.noise.uniform() < share, -1)}
+
 
 class ImageSet(Dataset):
     """Images [C, R, R] uint8 and labels, by row. `pixels` is the whole set decoded, where it fits in memory."""

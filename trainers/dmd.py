@@ -2,7 +2,8 @@
 
 DMD (Yin et al. 2023, "One-step Diffusion with Distribution Matching Distillation") and DMD2 (Yin et al. 2024, "Improved
 Distribution Matching Distillation for Fast Image Synthesis"). Three networks under one Accelerator: the frozen teacher knows
-the score of real images; the fake score learns that of the generator's; the generator descends their difference.
+the score of real images; the fake score learns that of the generator's; the generator descends their difference. With LoRA the two are
+adapters on the teacher, which is held once (models/lora.py).
 
 An iteration trains the fake score once, on images that the generator has just made. In every `fake_updates`-th iteration the
 generator is trained first, and the same images serve both. One iteration counts `loop.batch` images.
@@ -10,6 +11,7 @@ generator is trained first, and the same images serve both. One iteration counts
 
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -18,19 +20,21 @@ from models.conditioning import concatenate
 from models.denoiser import ScoreModel
 from models.discriminator import DiscriminatorHead
 from models.edm2_unet import unit_norm_weights
+from models.lora import LoraBank, LoraRole, check_network
 from models.noise import Noise
 from models.sampling import guided
 from models.schedules import EDM
-from trainers.config import RunConfig, require
+from trainers.config import ConfigError, RunConfig, require
 from trainers.ema import EmaConfig, ShardedEMA
 from trainers.engine import Engine
+from trainers.entry import main
 from trainers.losses import (denoising_loss, dmd_gradient, dmd_loss, edm2_loss, edm_weight, gan_discriminator_loss, gan_generator_loss,
                              regression_loss)
 from trainers.optim import OptimConfig
 from trainers.pairs import Pairs, weights_hash
 from trainers.perceptual import Lpips
 from trainers.teacher import PretrainConfig, check_teacher, find_teacher, load_teacher
-from trainers.trainer import Trainer, main
+from trainers.trainer import Trainer
 
 FAKE_STREAM, DEPTH_STREAM = 1, 2  # random numbers of the fake score's update, and of the rollout's depth
 
@@ -44,6 +48,30 @@ class RegressionConfig:
     distance: str = "lpips"  # "lpips", "huber" or "l2"
     backbone: str = "vgg"  # of LPIPS: "vgg" or "alex"
     weights: str | None = None  # its weights; None: torch's hub cache, or the hub
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Train adapters on the frozen teacher instead of copies of it."""
+
+    rank: int = 0  # 0: none, all weights are trained
+    alpha: float | None = None  # an adapter's part is scaled by alpha / rank; None: the rank
+    targets: tuple[str, ...] = ("dmd2",)  # names that linear and convolution layers end in, or presets: dmd2, attention
+    networks: tuple[str, ...] = ("generator", "fake_score")  # one that is not named is trained in full, on a copy of its own
+    checkpointing: bool = False  # keep less for the backward pass of adapters, and compute it again
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        return self.networks if self.rank else ()
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot work on any teacher."""
+        require(self.rank >= 0, f"lora.rank is {self.rank}, and must not be below 0")
+        changed = next((f for f in ("alpha", "targets", "networks", "checkpointing") if getattr(self, f) != getattr(LoraConfig, f)), None)
+        require(self.rank > 0 or changed is None, f"lora.{changed} is given, and lora.rank is 0, which means no LoRA: give a rank, such as 64")
+        require(self.alpha is None or self.alpha > 0, f"lora.alpha is {self.alpha}, and must be above 0")
+        fits = self.networks and len(set(self.networks)) == len(self.networks) and set(self.networks) <= set(DMD.networks)
+        require(fits, f"lora.networks is {list(self.networks)}, and must name {' or '.join(DMD.networks)}, or both")
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,7 @@ class DmdConfig(RunConfig):
     P_std: float = 1.2
     generator: OptimConfig = field(default_factory=OptimConfig)
     fake_score: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     regression: RegressionConfig = field(default_factory=RegressionConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -72,6 +101,7 @@ class DmdConfig(RunConfig):
         self.micro_batch("fake_score", world, self.fake_score.accumulation)
         self.generator.check("generator")
         self.fake_score.check("fake_score")
+        self.lora.check()
         self.ema.check()
         require(self.fake_updates >= 1, f"fake_updates is {self.fake_updates}, and must be 1 or more")
         require(0 <= self.score_range[0] < self.score_range[1] <= 1, f"score_range is {self.score_range}, and must be two rising numbers in [0, 1]")
@@ -97,6 +127,8 @@ class DMD(Trainer):
         low, high = 0, hub.schedule_of(found).t_max
         require(all(low < t <= high for t in config.timesteps), f"timesteps is {config.timesteps}, and the teacher's schedule runs from {low} to {high:g}")
         require(config.fake_time == "uniform" or found["schedule"]["type"] == "EDM", "fake_time lognormal is a distribution of the EDM schedule's sigma: use uniform")
+        if config.lora.rank:
+            check_lora(config, found)
         if config.regression.weight:
             about = Pairs(config.regression.pairs, config.seed).about
             require(about["weights"] == weights_hash(config.teacher), f"regression.pairs {config.regression.pairs} were made by another teacher than {config.teacher}")
@@ -105,29 +137,46 @@ class DMD(Trainer):
     # -- the three networks
 
     def build(self) -> None:
-        config = self.config
-        torch.manual_seed(config.seed)  # the discriminator head starts equal on every rank
+        config, adapted = self.config, self.config.lora.adapted
+        torch.manual_seed(config.seed)  # the discriminator head and adapters start equal on every rank
         self.teacher = load_teacher(config.teacher, self.cluster)
-        start = hub.load_denoiser(config.teacher)
-        self.schedule = start.schedule
+        start = None if set(adapted) == set(self.networks) else hub.load_denoiser(config.teacher)
+        bank = self._bank() if adapted else None
+        self.schedule = self.teacher.schedule
         self.shape = (config.data.channels, config.data.resolution, config.data.resolution)
         self.timesteps = config.timesteps or (self.schedule.t_max,)
         self.guided_teacher = guided(self.teacher, config.guidance)
 
-        student = deepcopy(start)
-        student.logvar = None  # only a denoising loss trains it
+        if "generator" in adapted:
+            student = LoraRole(bank, "generator", self.teacher)
+        else:
+            student = deepcopy(start)
+            student.logvar = None  # only a denoising loss trains it
         self.generator = self._engine("generator", student)
         self.ema = ShardedEMA(self.generator, config.ema)
         disc = None
         if config.gan_weight:
-            disc = DiscriminatorHead(start.backbone.feature_channels, start.backbone.feature_resolution)
-        self.fake_score = self._engine("fake_score", ScoreModel(start, disc))
+            disc = DiscriminatorHead(self.teacher.backbone.feature_channels, self.teacher.backbone.feature_resolution)
+        score = LoraRole(bank, "fake_score", ScoreModel(self.teacher, disc)) if "fake_score" in adapted else ScoreModel(start, disc)
+        self.fake_score = self._engine("fake_score", score)
         self.engines = {"generator": (self.generator, self.ema), "fake_score": (self.fake_score, None)}
-        self.description = {**hub.describe(student), "sampler": {"type": "few_step", "timesteps": list(self.timesteps)}}
+        self.description = {**hub.describe(self.teacher), "logvar": None, "sampler": {"type": "few_step", "timesteps": list(self.timesteps)}}
+        if "generator" in adapted:
+            base = Path(config.teacher)
+            self.description["lora"] = {**bank.config, "base": str(base.resolve()) if base.exists() else config.teacher}
         if config.regression.weight:
             self.pairs = Pairs(config.regression.pairs, config.seed)
             distance = config.regression.distance
             self.distance = Lpips(config.regression.backbone, config.regression.weights).to(self.cluster.device) if distance == "lpips" else distance
+
+    def _bank(self) -> LoraBank:
+        lora = self.config.lora
+        require(not (lora.checkpointing and self.cluster.compiler),
+                "lora.checkpointing is true, and what selects an adapter anew cannot be compiled: set it to false, or launch with dynamo_backend no")
+        bank = LoraBank(self.teacher, lora.adapted, lora.rank, lora.alpha or lora.rank, lora.targets)
+        if lora.checkpointing:
+            bank.enable_checkpointing()
+        return bank
 
     def _engine(self, name: str, module) -> Engine:
         """In eval mode, like the teacher: dropout in any of the three would be noise in the difference of scores."""
@@ -230,6 +279,16 @@ class DMD(Trainer):
             return edm2_loss(score.x0, x0, sigma, score.logvar, self.schedule.sigma_data)
         weight = edm_weight(sigma, self.schedule.sigma_data) if isinstance(self.schedule, EDM) else (alpha / sigma) ** 2
         return denoising_loss(score.x0, x0, weight)
+
+
+def check_lora(config: DmdConfig, teacher: dict) -> None:
+    """Raise ConfigError where the teacher, of this description, cannot have such adapters."""
+    with torch.device("meta"):
+        backbone = hub.build(teacher).backbone
+    try:
+        check_network(backbone, config.lora.targets, config.lora.checkpointing)
+    except ValueError as error:
+        raise ConfigError(f"teacher {config.teacher} cannot have such a LoRA: {error}") from None
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from models.schedules import EDM
 from trainers.config import RunConfig, require
 from trainers.ema import EmaConfig, ShardedEMA
 from trainers.engine import Engine
+from trainers.entry import main
 from trainers.losses import edm2_loss
 from trainers.optim import OptimConfig
-from trainers.trainer import Trainer, main
+from trainers.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Edm2Config(RunConfig):
         for name in ("sigma_data", "P_std", "sampling_steps"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, and must be above 0")
         require(0 <= self.label_dropout < 1, f"label_dropout is {self.label_dropout}, and must lie in [0, 1)")
+        require(self.data.resolution & (self.data.resolution - 1) == 0, f"data.resolution is {self.data.resolution}, and must be a power of two")
         smallest = self.data.resolution >> (len(self.network.channel_mult) - 1)
         require(smallest >= 1, f"network.channel_mult has {len(self.network.channel_mult)} levels, too many for resolution {self.data.resolution}")
         for level, mult in enumerate(self.network.channel_mult):
@@ -92,16 +94,9 @@ class EDM2(Trainer):
         x0 = batch.images
         sigma = (self.config.P_mean + self.config.P_std * batch.noise.normal()).exp()
         x_t = self.schedule.add_noise(x0, batch.noise.normal(*x0.shape[1:]), sigma)
-        score = self.network(x_t, sigma, self.labelled(batch))
+        score = self.network(x_t, sigma, batch.dropping_labels(self.config.label_dropout))
         loss = edm2_loss(score.x0, x0, sigma, score.logvar, self.schedule.sigma_data).mean()
         return {"loss": loss * x0[0].numel(), "edm2_loss": loss}  # the paper's sum over pixels: Adam's eps sees the same gradients
-
-    def labelled(self, batch):
-        """The condition, without its label for the share of samples that learn to do without."""
-        if not (self.config.label_dropout and batch.cond):
-            return batch.cond
-        dropped = batch.noise.uniform() < self.config.label_dropout
-        return {"labels": batch.cond["labels"].masked_fill(dropped, -1)}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
@@ -38,7 +39,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Cluster:
     """The one Accelerator of a run, and the few collectives that the rest of the house needs.
 
-    networks: a name for each engine that will be made. out: where trackers write, None for no tracker. Raises LaunchError.
+    networks: a name for each engine that will be made. out: where trackers write, None for no tracker. tracker: one of accelerate's, or
+    "none". Raises LaunchError.
     """
 
     def __init__(self, networks: tuple[str, ...], plan: Plan, out: str | None = None, tracker: str = "tensorboard"):
@@ -48,16 +50,19 @@ class Cluster:
         if self.stage and self.world == 1 and not cuda:
             self.stage = None  # one process on a CPU has nothing to shard
         self.precision, self.compiler = plan.precision, plan.compiler
-        self.accelerator = self._build(plan, networks, cuda, None if out is None else tracker, out)
+        self.tracking = out is not None and tracker != "none"
+        self.accelerator = self._build(plan, networks, cuda, tracker if self.tracking else None, out)
         self.rank, self.device = self.accelerator.process_index, self.accelerator.device
         if self.accelerator.num_processes != self.world:
             raise LaunchError(f"{plan.source}: the launcher started {self.world} processes but {self.accelerator.num_processes} found each other")
-        self.tracking = out is not None
         if self.tracking:
             self.accelerator.init_trackers("tracker")
         self._say_what_there_is(plan)
 
     def _build(self, plan: Plan, networks, cuda: bool, tracker: str | None, out: str | None) -> Accelerator:
+        there = [str(kind.value) for kind in get_available_trackers()]
+        if tracker not in (None, *there):
+            raise LaunchError(f"loop.tracker is {tracker}, and installed here are {', '.join(there)}: take one of them, or none")
         handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         options = dict(kwargs_handlers=handlers, log_with=tracker, project_dir=out)
         self._clean_environment(cuda)

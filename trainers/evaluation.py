@@ -32,7 +32,7 @@ class Evaluation:
         same = config.eval.split == config.data.split
         images = images if same else load_images(replace(config.data, split=config.eval.split), cluster.is_main)
         self.real = images.first(REAL)[0]
-        decoded = config.data.channels == LATENT_CHANNELS and config.eval.autoencoder is not None
+        decoded = config.data.channels >= LATENT_CHANNELS and config.eval.autoencoder is not None
         self.autoencoder = Autoencoder(config.eval.autoencoder, cluster.device) if decoded and cluster.is_main else None
 
     def __call__(self, denoiser: Denoiser, description: dict, images_seen: int) -> float:
@@ -47,7 +47,7 @@ class Evaluation:
         return frechet_distance(samples, self.real, resolution=config.fd_resolution)
 
     def _show(self, samples: Tensor, images_seen: int) -> None:
-        if samples.shape[1] == LATENT_CHANNELS:
+        if samples.shape[1] >= LATENT_CHANNELS:
             if self.autoencoder is None:
                 return  # latents are no picture
             samples = self.autoencoder.decode(samples)

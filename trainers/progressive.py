@@ -23,12 +23,13 @@ from models.schedules import EDM, DiscreteVP, Schedule, expand
 from trainers.config import RunConfig, require
 from trainers.ema import EmaConfig, ShardedEMA
 from trainers.engine import Engine
+from trainers.entry import main
 from trainers.ladder import MATCH, PAIRED, Rung, ladder, top
 from trainers.losses import (WEIGHTS, denoising_loss, edm_weight, gan_discriminator_loss, gan_generator_loss, progressive_target,
                              progressive_weight)
 from trainers.optim import OptimConfig
 from trainers.teacher import PretrainConfig, check_teacher, find_teacher, load_teacher
-from trainers.trainer import Stage, Trainer, main
+from trainers.trainer import Stage, Trainer
 
 NO_SNR = 1e-6  # of the last time: below it, alpha is taken for zero (the clipped cosine schedule has 2e-9)
 

@@ -3,11 +3,8 @@
 A method is a subclass: `build` makes its engines, `step` is its algorithm. Progress is counted in images seen.
 """
 
-import os
 import signal
-import sys
 import time
-import warnings
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +16,11 @@ from torch import Tensor
 from models import hub
 from models.denoiser import Denoiser
 from trainers import checkpoint, posthoc
-from trainers.config import ConfigError, RunConfig, check_same_run, load_config, write_config
-from trainers.data import Batch, ImageSet, StreamedSet, batches, load_images
+from trainers.config import RunConfig, write_config
+from trainers.data import Batch, ImageSet, StreamedSet, batches
 from trainers.ema import ShardedEMA
 from trainers.engine import Cluster, Engine
 from trainers.evaluation import Evaluation
-from trainers.launch import LaunchError, Plan
 from trainers.logs import Meter, RunLog
 from trainers.optim import learning_rate
 
@@ -155,6 +151,8 @@ class Trainer(ABC):
         if self.cluster.any(self.asked_to_stop):
             self.save()
             self.log.close()
+            if self.config.loop.stopped and self.cluster.is_main:
+                Path(self.config.loop.stopped).touch()
             raise KeyboardInterrupt
 
     def _last_checkpoint(self) -> str:
@@ -166,8 +164,7 @@ class Trainer(ABC):
     def average(self) -> Denoiser:
         """The result as it stands: the average's weights in a network of its own. Every rank calls it."""
         _, ema = self.engines[self.result]
-        denoiser = hub.build(self.description)
-        denoiser.load_state_dict(posthoc.denoiser_tensors(ema.gather()))
+        denoiser = hub.restore(self.description, posthoc.denoiser_tensors(ema.gather()))
         return denoiser.to(self.cluster.device).eval().requires_grad_(False)
 
     # -- keeping
@@ -210,37 +207,3 @@ class Trainer(ABC):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def main(trainer: type[Trainer], argv: list[str] | None = None) -> None:
-    """The command `accelerate launch trainers/METHOD.py ...`. Exit codes: 0 done, 1 training failed, 2 bad input, 130 stopped by a signal."""
-    argv = sys.argv[1:] if argv is None else argv
-    talks = int(os.environ.get("RANK", 0)) == 0
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    code, cluster = 0, None
-    try:
-        config = load_config(trainer.config_class, argv, trainer.default_recipe, trainer.method)
-        config.check(int(os.environ.get("WORLD_SIZE", 1)))
-        plan = Plan.read(config.config)
-        images = load_images(config.data, progress=talks)
-        config = trainer.prepare(config)
-        check_same_run(config)
-        cluster = Cluster(trainer.networks, plan, config.out, config.loop.tracker)
-        trainer(config, cluster, images).fit()
-    except (ConfigError, LaunchError, hub.ModelError) as error:
-        code = _say(talks, f"error: {error}", 2)
-    except TrainingError as error:
-        code = _say(talks, f"error: {error}", 1)
-    except KeyboardInterrupt:
-        code = _say(talks, "stopped; run the same command again to go on", 130)
-    if cluster is not None and code != 2:  # bad input, such as an image, may be one rank's alone: it must not wait for the others
-        cluster.close()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)  # all is written; at the interpreter's own exit, threads of DeepSpeed's CPU collectives now and then abort the process
-
-
-def _say(talks: bool, text: str, code: int) -> int:
-    if talks:
-        print(text, file=sys.stderr, flush=True)
-    return code

@@ -64,7 +64,7 @@ def test_label_dropout_trains_some_samples_without_label(tmp_path):
     made = trainer(tmp_path, label_dropout=0.25)
     made.build()
     batch = next(batches(made.images, made.config.data, 0, 800, 0, 0, 1, made.cluster.device))
-    dropped = made.labelled(batch)["labels"] == -1
+    dropped = batch.dropping_labels(made.config.label_dropout)["labels"] == -1
     assert 140 < int(dropped.sum()) < 260 and made.description["unconditional"]
 
 

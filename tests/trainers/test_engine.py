@@ -288,3 +288,10 @@ def test_compiled_training_is_training(tmp_path):
             e.update(squares(e), [data(seed=step)])
         ends.append((weights(e), counters["stats"]["unique_graphs"]))
     assert same(ends[0][0], ends[1][0], 1e-6) and [graphs for _, graphs in ends] == [0, 1]
+
+
+def test_a_tracker_that_is_not_there_is_one_sentence(tmp_path):
+    """It is refused with those that are; "none" tracks nothing."""
+    with pytest.raises(LaunchError, match="loop.tracker is wandbb, and installed here are .*tensorboard"):
+        Cluster(("net",), Plan("test"), str(tmp_path), "wandbb")
+    assert not Cluster(("net",), Plan("test"), str(tmp_path), "none").tracking and not list(tmp_path.iterdir())
