@@ -6,6 +6,7 @@ middle. diffusers is imported when a network is made and not before, because tha
 """
 
 import json
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ UNET_SIZES = ("projection_class_embeddings_input_dim", "addition_time_embed_dim"
 UNET_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D", "CrossAttnUpBlock2D", None)
 
 
-class PromptBackbone(nn.Module):
+class PromptBackbone(nn.Module, ABC):
     """A network behind the contract of `Denoiser` that is told a prompt: x [B, img_channels, R, R], c_noise [B], cond -> as x.
 
     network: arguments of the diffusers class, under its names. `conditions`: the keys that cond must have, each with its shape for one image,
@@ -42,9 +43,9 @@ class PromptBackbone(nn.Module):
         """Raises ValueError for arguments that make another kind of network."""
 
     @classmethod
+    @abstractmethod
     def conditions_of(cls, config: dict) -> dict[str, list[int]]:
         """`conditions` of a backbone of this config."""
-        raise NotImplementedError
 
     @classmethod
     def from_diffusers(cls, config: dict) -> dict:
@@ -156,20 +157,21 @@ class PromptTransformer(PromptBackbone):
         self.feature_channels, self.feature_resolution = config.num_attention_heads * config.attention_head_dim, img_resolution // config.patch_size
         self.middle = max(1, len(self.transformer.transformer_blocks) // 2)
 
+    @abstractmethod
     def make(self, **network) -> nn.Module:
-        raise NotImplementedError
+        """diffusers' own network."""
 
+    @abstractmethod
     def enter(self, x: Tensor, c_noise: Tensor, told: dict) -> tuple[Tensor, ...]:
         """-> tokens [B, h w, C], and what else passes from block to block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def through(self, block: nn.Module, tokens: Tensor, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
         """One block: what `enter` gave -> the same, one block later."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leave(self, tokens: Tensor, *rest: Tensor | None) -> Tensor:
         """The last tokens -> [B, h w, patch * patch * img_channels]."""
-        raise NotImplementedError
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only each block's input for the backward pass, and compute the rest again."""

@@ -171,10 +171,11 @@ def test_a_node_without_the_data_is_named(slurm, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_scripts_are_accepted_as_they_are(slurm, script):
     """Slurm takes each script with its own settings, GPUs and signals included."""
-    subprocess.run(["sbatch", "--test-only", "--nodes=2", f"slurm/{script.name}"], env=slurm, check=True, cwd=HOUSE, capture_output=True, timeout=60)
+    done = subprocess.run(["sbatch", "--test-only", "--nodes=2", f"slurm/{script.name}"], env=slurm, cwd=HOUSE, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, HOUSE / "slurm/job.sh"], ids=lambda p: p.name)
 def test_scripts_are_bash(script):
     """Each parses."""
-    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
