@@ -237,6 +237,8 @@ def _device() -> str:
 
 def main() -> None:
     arguments = [re.sub("^--[a-z-]+", lambda option: "--" + option[0][2:].replace("-", "_"), word) for word in sys.argv[1:]]  # --sigma-rel too
+    if arguments[:1] == ["demo"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        arguments.insert(1, "--what")  # `fewstep demo progressive`: what has a default cannot stand bare for the parser
     try:
         auto_cli([demo, sample, score, pairs, cache, ema, sweep, convert, export, ladder], args=arguments, prog="fewstep", description=__doc__)
     except (ConfigError, hub.ModelError) as error:
