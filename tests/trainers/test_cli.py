@@ -79,3 +79,9 @@ def test_bad_input_is_one_sentence(demo, command, said):
     """One line on stderr, code 2."""
     done = run("fewstep", *(word.replace("DEMO", str(demo)) for word in command), check=False)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_demos_are_named_bare():
+    """`fewstep demo progressive` is understood, and another word is refused with those that are."""
+    done = run("fewstep", "demo", "elsewhere", check=False)
+    assert done.returncode == 2 and "--what" in done.stderr and "progressive" in done.stderr and "Traceback" not in done.stderr
