@@ -110,7 +110,7 @@ def _data_of(run: str, split: str) -> tuple[ImageSet | StreamedSet, int]:
     file = Path(run) / "config.yaml"
     require(file.is_file(), f"{run} is not a run's folder: it has no config.yaml")
     config = yaml.safe_load(file.read_text())["config"]
-    return load_images(DataConfig(**{**config["data"], "split": split})), config["eval"]["fd_resolution"] or config["data"]["resolution"]
+    return load_images(DataConfig(**{**config["data"], "split": split})), config["eval"].get("fd_resolution") or config["data"]["resolution"]
 
 
 def ema(run: str, sigma_rel: float = 0.1, at: int | None = None, out: str | None = None) -> None:

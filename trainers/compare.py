@@ -31,7 +31,7 @@ def students(run: str) -> dict[int, Path]:
 def ladder_table(run: str, real: torch.Tensor, resolution: int, samples: int, batch: int, device: str) -> str:
     """Measure every student, and its teacher undistilled; write the table and the pictures. Returns the table, in markdown."""
     config = yaml.safe_load(Path(run, "config.yaml").read_text())["config"]
-    teacher, guidance = config["teacher"], config["guidance"]
+    teacher, guidance = config["teacher"], (config["guidance_range"] or [config["guidance"]])[0]  # a student with a range is drawn at its lowest
     about_teacher, found, shown = hub.description(teacher), students(run), {}
     network = fold_weights(hub.load_denoiser(teacher, device))
 

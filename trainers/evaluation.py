@@ -24,26 +24,32 @@ SHOWN = 64  # samples in a picture
 class Evaluation:
     """What a run's samples are compared with, and how. Made before training, so that what is wrong with it is said then.
 
-    Raises ConfigError for a split that cannot be read, and ModelError for an autoencoder that cannot. Every rank makes one, and calls it.
+    Raises ConfigError for a split that cannot be read, and ModelError for an autoencoder that cannot. Every rank makes one, and calls it;
+    the main process alone holds the real images.
     """
 
     def __init__(self, config: RunConfig, cluster, images: ImageSet | StreamedSet):
-        self.config, self.cluster = config, cluster
-        same = config.eval.split == config.data.split
-        images = images if same else load_images(replace(config.data, split=config.eval.split), cluster.is_main)
-        self.real = images.first(REAL)[0]
-        decoded = config.data.channels >= LATENT_CHANNELS and config.eval.autoencoder is not None
-        self.autoencoder = Autoencoder(config.eval.autoencoder, cluster.device) if decoded and cluster.is_main else None
+        self.config, self.cluster, self.autoencoder = config, cluster, None
+        if cluster.is_main:
+            same = config.eval.split == config.data.split
+            images = images if same else load_images(replace(config.data, split=config.eval.split))
+            self.real = images.first(REAL)[0]
+            if config.data.channels >= LATENT_CHANNELS and config.eval.autoencoder is not None:
+                self.autoencoder = Autoencoder(config.eval.autoencoder, cluster.device)
 
-    def __call__(self, denoiser: Denoiser, description: dict, images_seen: int) -> float:
-        """The Fréchet distance of samples to real images, on pixels. The denoiser is spent: its weights are folded. Training is left as it was."""
+    def __call__(self, denoiser: Denoiser, description: dict, images_seen: int) -> float | None:
+        """The Fréchet distance of samples to real images, on pixels; None on all ranks but the main one.
+
+        The denoiser is spent: its weights are folded. Training is left as it was.
+        """
         config, world = self.config.eval, self.cluster.world
         each = -(-config.samples // world)
         numbers = range(self.cluster.rank * each, (self.cluster.rank + 1) * each)
         samples, _ = draw(fold_weights(denoiser), description, numbers, config.batch, self.config.seed)
         samples = self.cluster.gather(samples.to(self.cluster.device))[:config.samples].cpu()
-        if self.cluster.is_main:
-            self._show(samples[:SHOWN], images_seen)
+        if not self.cluster.is_main:
+            return None
+        self._show(samples[:SHOWN], images_seen)
         return frechet_distance(samples, self.real, resolution=config.fd_resolution)
 
     def _show(self, samples: Tensor, images_seen: int) -> None:

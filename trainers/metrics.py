@@ -26,7 +26,7 @@ def frechet_distance(images: Tensor, reference: Tensor, features: nn.Module | No
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), in float64. features: by default pixels, of images averaged down to `resolution` (0: as they are).
     """
     features = features or Pixels(images.shape[1], resolution or images.shape[2])
-    metric = FrechetInceptionDistance(feature=features).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=features, sync_on_compute=False).set_dtype(torch.float64)  # of what this process has
     for part, real in ((reference, True), (images, False)):
         for chunk in part.double().split(1000):
             metric.update(chunk, real=real)

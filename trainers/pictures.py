@@ -27,6 +27,12 @@ def grid(path: Path, images: Tensor, columns: int = 8) -> None:
     plt.imsave(path, picture.repeat_interleave(scale, 0).repeat_interleave(scale, 1).clamp(0, 1).numpy())
 
 
+def _save(path: Path, figure) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def grids(path: Path, sets: dict[str, Tensor], rows: int = 10, columns: int = 10) -> None:
     """Several models side by side: image i of each comes from the same noise and class."""
     down = -(-len(sets) // 4)
@@ -36,9 +42,7 @@ def grids(path: Path, sets: dict[str, Tensor], rows: int = 10, columns: int = 10
         axis.imshow(tile(images[:rows * columns], columns).clamp(0, 1).numpy(), interpolation="nearest")
         axis.set_title(name)
         axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(path, figure)
 
 
 def progress(path: Path, curve: list[tuple[int, float]], levels: dict[str, float]) -> None:
@@ -50,9 +54,7 @@ def progress(path: Path, curve: list[tuple[int, float]], levels: dict[str, float
     axis.set(xlabel="images seen", ylabel="Fréchet distance (pixels)", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(path, figure)
 
 
 def ladder(path: Path, curves: dict[str, list[tuple[int, float]]], levels: dict[str, float]) -> None:
@@ -68,9 +70,7 @@ def ladder(path: Path, curves: dict[str, list[tuple[int, float]]], levels: dict[
     axis.set(xlabel="steps", ylabel="Fréchet distance (pixels)", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(path, figure)
 
 
 def curve(path: Path, points: list[tuple[float, float]], x: str, y: str) -> None:
@@ -79,6 +79,4 @@ def curve(path: Path, points: list[tuple[float, float]], x: str, y: str) -> None
     axis.plot(*zip(*points), marker="o")
     axis.set(xlabel=x, ylabel=y)
     axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(path, figure)
